@@ -1,0 +1,96 @@
+"""Pictures of handwritten numbers, with questions about them, from the scans that come with scikit-learn.
+
+    python data/digits/prepare.py [--pictures=20000] [--seed=1] [--out=data/digits]
+
+writes train.jsonl, val.jsonl and their pictures. The 1,797 scans (8 x 8 pixels, by 13 people) are in the order in
+which the writers came: the last 20 % are used in val only, so the writers of val were never seen in training.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+
+from PIL import Image, ImageChops
+from sklearn.datasets import load_digits
+
+QUESTIONS = {  # task: (ways to ask, the answer to digits such as "407")
+    "read": (("What number is this?", "Read it."), str),
+    "count": (("How many digits?", "Count them."), lambda digits: str(len(digits))),
+    "sum": (("What is the sum?", "Add them up."), lambda digits: "+".join(digits) + f"={sum(map(int, digits))}"),
+    "largest": (("Which is the largest?", "The largest?"), max),
+}
+CELL = 28  # pixels a digit is high, before its own scale
+
+
+def draw_digit(scan, rng, bold):
+    """A scan of 8 x 8 values as a grey picture (0 is paper), a little scaled, turned and slanted."""
+    grey = Image.frombytes("L", (8, 8), bytes(min(255, int(16 * x)) for x in scan.flat))
+    padded = Image.new("L", (12, 12))
+    padded.paste(grey, (2, 2))
+    size = round(CELL * 1.5 * rng.uniform(0.85, 1.15))  # of the 12 x 12 square, so the scan's 8 are about CELL
+    turn, slant, wide = rng.uniform(-0.15, 0.15), rng.uniform(-0.15, 0.15), rng.uniform(0.85, 1.15)
+    step = 12 / size
+    a, b, d, e = step / wide, step * (slant + turn), -step * turn, step
+    c = 6 - (a + b) * size / 2
+    f = 6 - (d + e) * size / 2
+    grey = padded.transform((size, size), Image.AFFINE, (a, b, c, d, e, f), Image.BICUBIC)
+    if bold is not None:  # another pen: ink where the grey is above a level, the lower, the bolder
+        level, soft = bold
+        grey = grey.point([max(0, min(255, round(128 + (x - level) * soft))) for x in range(256)])
+    return grey.crop(grey.getbbox())
+
+
+def draw(scans, rng, augment):
+    """The scans side by side, black on white."""
+    bold = (rng.uniform(60, 150), rng.uniform(2.2, 5)) if augment and rng.random() < 0.6 else None
+    cells = [draw_digit(scan, rng, bold) for scan in scans]
+    gap = rng.uniform(1, 14)
+    lift = rng.choice((2, 4, 8)) if augment else 3
+    picture = Image.new("L", (sum(c.width for c in cells) + round(30 * len(cells)) + 16, 2 * CELL))
+    x = rng.uniform(2, 8)
+    for cell in cells:
+        y = CELL - cell.height / 2 + rng.uniform(-lift, lift)
+        place = Image.new("L", picture.size)
+        place.paste(cell, (round(x), round(y)))
+        picture = ImageChops.lighter(picture, place)
+        x += cell.width + gap * rng.uniform(0.5, 1.5)
+    return ImageChops.invert(picture.crop((0, 0, min(picture.width, round(x) + 4), picture.height)))
+
+
+def write(out, name, scans, labels, n, rng, augment):
+    folder = os.path.join(out, name)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.makedirs(folder)
+    with open(os.path.join(out, f"{name}.jsonl.partial"), "w") as f:
+        for i in range(n):
+            chosen = [rng.randrange(len(scans)) for _ in range(rng.randint(1, 5))]
+            digits = "".join(str(labels[j]) for j in chosen)
+            draw([scans[j] for j in chosen], rng, augment).save(os.path.join(folder, f"{i}.png"), compress_level=1)
+            tasks = rng.choices(list(QUESTIONS), (4, 1, 3, 2))
+            if augment and i % 16 == 0:  # a conversation now and then, so that a model can hold one
+                tasks = rng.sample(list(QUESTIONS), 2)
+            level = len(digits) + 3 * (tasks != ["read"])  # reading comes first, of short numbers first
+            turns = []
+            for task in tasks:
+                ask, answer = QUESTIONS[task]
+                turns += [{"from": "human", "value": rng.choice(ask)}, {"from": "gpt", "value": answer(digits)}]
+            turns[0]["value"] = "<image>\n" + turns[0]["value"]
+            record = {"id": f"{name}-{i}", "image": f"{name}/{i}.png", "task": tasks[0], "level": level, "conversations": turns}
+            f.write(json.dumps(record) + "\n")
+    os.replace(f.name, f.name.removesuffix(".partial"))
+
+
+if __name__ == "__main__":
+    here = os.path.dirname(os.path.abspath(__file__))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=20000, help="for training; a tenth as many for validation")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", default=here)
+    args = parser.parse_args()
+    data = load_digits()
+    cut = len(data.images) * 4 // 5
+    write(args.out, "train", data.images[:cut], data.target[:cut], args.pictures, random.Random(args.seed), True)
+    write(args.out, "val", data.images[cut:], data.target[cut:], args.pictures // 10, random.Random(args.seed + 1), False)
+    print(f"{args.pictures} pictures for training, {args.pictures // 10} of other writers for validation")

@@ -1,0 +1,918 @@
+"""ModRWKV: one RWKV-7 language model that reads text and pictures, in one file.
+
+A signal passes an encoder, a Conv1D that shortens it, and a tiny adapter; what comes out are
+vectors as wide as a token's embedding, and from there on they are tokens like any other:
+
+    picture -> PatchEncoder -> Conv1D -> MLP --\
+                                                fuse -> ln0 -> RWKV-7 blocks -> ln_out -> head
+    text  -> tokenizer -> emb -----------------/
+
+Read from top to bottom: text and conversations, the recurrence, the blocks, encoder and adapter,
+the model, the optimizer's groups, checkpoints.
+
+References
+    [1] ModRWKV: Transformer Multimodality in Linear Time, Kang et al. 2025
+    [2] RWKV-7 "Goose" with Expressive Dynamic State Evolution, Peng et al. 2025, arXiv:2503.14456
+    [3] VisualRWKV: Exploring RWKV for Visual Language Models, Hou et al. 2024, arXiv:2406.13362
+    [4] the official training code, RWKV-LM/RWKV-v7/train_temp, and the inference package `rwkv`
+
+Glossary: symbol here = symbol in [2] (in brackets: names of the official files)
+    B, T, C, H, N   batch, time, n_embd, heads, head size (64)
+    V               vocabulary size
+    r, k, v         receptance, key (replacement key k~ after the update), value
+    w               log of the decay: exp(w) = w_t, in (0.545, 1) for RWKV-7
+    kk              removal key kappa^, of unit length per head
+    iclr            in-context learning rate a_t
+    a, b            -kk and kk * iclr: the transition is diag(w_t) - kk (kk * iclr)^T
+    g               output gate
+    S               state, wkv_t: (H, N, N), a row a value channel, a column a key channel
+    x_*             token-shift weights mu of the PREVIOUS token
+    w0..w2, a0..a2, v0..v2, g1, g2   biases and low-rank matrices of the four small MLPs
+    r_k             bonus rho for the current token
+"""
+
+import argparse
+import ast
+import codecs
+import contextlib
+import dataclasses
+import difflib
+import functools
+import json
+import math
+import os
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import tiktoken
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used; the message is one sentence that says what and why."""
+
+
+def setting(default, help):
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    """What a checkpoint remembers of its model. Each field is a flag of train.py."""
+
+    n_layer: int = setting(2, "number of RWKV blocks")
+    n_embd: int = setting(128, "width of the model, a multiple of head_size")
+    head_size: int = setting(64, "channels of one head")
+    tokenizer: str = setting("bytes", "bytes, gpt2, or the path of an RWKV World vocabulary (rwkv_vocab_v20230424.txt)")
+    template: str = setting("world", "how turns are written as text: world, v1, v2 or v3")
+    image_encoder: str = setting("patch", "patch, or none for a model of text alone")
+    image_height: int = setting(32, "a picture is scaled to this many pixels in height; its width follows")
+    patch_height: int = setting(32, "height of a patch in pixels; the image height gives column patches")
+    patch_width: int = setting(4, "width of a patch in pixels")
+    encoder_width: int = setting(128, "width of the vectors of an encoder that is trained from scratch")
+    image_trim: bool = setting(True, "cut away the empty border of a picture")
+    conv_kernel: int = setting(6, "kernel of the Conv1D behind the encoder; 0 for no Conv1D")
+    conv_stride: int = setting(2, "stride of the Conv1D: that many fewer vectors per picture")
+    adapter_scale: int = setting(4, "hidden width of the adapter, in units of n_embd")
+
+
+# ----------------------------------------------------------------------------------------------
+# 1. Text: tokenizers
+# All have id 0 or `end` for the end of a document, encode(str) -> ids, decode(ids) -> bytes.
+
+
+class TiktokenTokenizer:
+    """A tokenizer of the tiktoken library: GPT-2's, or single bytes, byte b as id b + 1 as in RWKV World.
+
+    Among the bytes, the marks of the default template are tokens of their own: a question's frame costs 3 steps, not 20.
+    """
+
+    def __init__(self, name):
+        if name == "bytes":
+            ranks = {bytes([b]): b + 1 for b in range(256)}
+            marks = {mark: 257 + i for i, mark in enumerate(("\n\n", "User:", "Assistant:"))}
+            self.bpe = tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=marks)
+            self.end, self.vocab_size, self.marks = 0, 260, "all"
+        else:
+            try:
+                self.bpe = tiktoken.get_encoding(name)
+            except Exception as e:  # requests' own exceptions: tiktoken fetches the vocabulary once, then caches it
+                raise InputError(
+                    f"the tokenizer {name} could not be fetched ({type(e).__name__}): connect once, or set "
+                    "TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer=bytes"
+                ) from e
+            self.end, self.vocab_size, self.marks = self.bpe.eot_token, self.bpe.n_vocab, set()
+
+    def encode(self, text):
+        return self.bpe.encode(text, allowed_special=self.marks, disallowed_special=())
+
+    def decode(self, ids):
+        return self.bpe.decode_bytes([i for i in ids if i != self.end])
+
+
+class WorldTokenizer:
+    """RWKV World: the longest vocabulary entry that matches the UTF-8 bytes, again and again ([4], rwkv_tokenizer.py).
+
+    path: rwkv_vocab_v20230424.txt or one like it; each line `id literal length`. Id 0 ends a document.
+    """
+
+    def __init__(self, path):
+        self.end, self.vocab_size, self.bytes_of, self.trie = 0, 65536, {}, {}
+        try:
+            with open(path, encoding="utf-8") as f:
+                for n, line in enumerate(f, 1):
+                    index, literal, length = line[: line.index(" ")], line[line.index(" ") : line.rindex(" ")], line.split()[-1]
+                    token = ast.literal_eval(literal.strip())
+                    token = token.encode("utf-8") if isinstance(token, str) else token
+                    if len(token) != int(length):
+                        raise ValueError(f"{len(token)} bytes, not {length}")
+                    self.bytes_of[int(index)] = token
+                    node = self.trie
+                    for byte in token:
+                        node = node.setdefault(byte, {})
+                    node[-1] = int(index)
+        except OSError as e:
+            raise InputError(f"cannot read the tokenizer's vocabulary {path}: {e.strerror}; --tokenizer is bytes, gpt2 or such a file") from e
+        except (ValueError, SyntaxError) as e:
+            raise InputError(f"{path}, line {n}, is not a line of an RWKV World vocabulary: {e}") from e
+
+    def encode(self, text):
+        data, ids, i = text.encode("utf-8"), [], 0
+        while i < len(data):
+            node, j, found = self.trie, i, None
+            while j < len(data) and (node := node.get(data[j])) is not None:
+                j += 1
+                if -1 in node:
+                    found = (node[-1], j)
+            if found is None:
+                raise InputError(f"the tokenizer's vocabulary has no entry for byte {data[i]}")
+            ids.append(found[0])
+            i = found[1]
+        return ids
+
+    def decode(self, ids):
+        return b"".join(self.bytes_of.get(i, b"") for i in ids)  # ids above the vocabulary have no text
+
+
+@functools.lru_cache
+def get_tokenizer(name):
+    return TiktokenTokenizer(name) if name in ("bytes", "gpt2") else WorldTokenizer(name)
+
+
+# ----------------------------------------------------------------------------------------------
+# 2. Conversations: from LLaVA's JSON to a sample
+# A sample is a list of segments (kind, data): ("text", ids) read, ("answer", ids) read and learned,
+# ("image", pixels). Everything that is trained on, asked or scored is written by `conversation`.
+
+
+@dataclass
+class Template:
+    before: str  # before the first turn
+    human: str  # a question; {} is its text
+    gpt: str  # what calls for the answer
+    answer: str  # before the answer's text: learned, as the answer and its end are
+    end: str  # ends an answer, and nothing else: it never occurs inside a message
+
+
+TEMPLATES = {
+    "world": Template("", "User: {}\n\n", "Assistant:", " ", "\n\n"),  # RWKV World models; VisualRWKV ([3], v6.0)
+    "v1": Template("\x16", "User: {}\x17", "Assistant:", " ", "\x17"),  # ModRWKV, first released checkpoints
+    "v2": Template("", "\x16User: {}\x17", "\x16Assistant:", " ", "\x17"),  # ModRWKV, the paper's code
+    "v3": Template("", "\x16User:{}\x17", "\x16Assistant:", "", "\x17"),  # ModRWKV, August 2025 on
+}
+MEDIA = ("image",)
+MARK = re.compile("(" + "|".join(f"<{kind}>" for kind in MEDIA) + ")")  # where a signal stands in a question
+
+
+def read_records(path):
+    """The records of a .jsonl (one a line) or a .json file (a list, as LLaVA's), each with its "_at" (file, line) and "_folder"."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            if str(path).endswith(".json"):
+                records = json.load(f)
+                if not isinstance(records, list):
+                    raise InputError(f"{path} does not hold a list of records")
+                places = [f"{path}, record {i}" for i in range(1, len(records) + 1)]
+            else:
+                records, places = [], []
+                for n, line in enumerate(f, 1):
+                    if line.strip():
+                        places.append(f"{path}, line {n}")
+                        records.append(json.loads(line))
+    except OSError as e:
+        raise InputError(f"cannot read {path}: {e.strerror}") from e
+    except json.JSONDecodeError as e:
+        raise InputError(f"{places[-1] if str(path).endswith('l') and places else path} is not JSON: {e}") from e
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path} is not a text file in UTF-8: {e}") from e
+    if not records:
+        raise InputError(f"{path} holds no records")
+    for place, record in zip(places, records):
+        if not isinstance(record, dict):
+            raise InputError(f"{place}: a record is an object in braces, not {json.dumps(record)[:40]}")
+        record["_at"], record["_folder"] = place, os.path.dirname(path)
+        check_record(record)
+    return records
+
+
+def record_media(record):
+    """[(kind, path)] of a record, in the order of its marks; paths are relative to the record's file."""
+    paths = {kind: [record[kind]] if isinstance(record.get(kind), str) else record.get(kind) or [] for kind in MEDIA}
+    marks = MARK.findall("".join(question for question, _ in record_turns(record)))
+    return [(mark[1:-1], os.path.join(record["_folder"], paths[mark[1:-1]].pop(0))) for mark in marks]
+
+
+def check_record(record):
+    """Raises InputError, naming the record, unless it is {"text": ...} or a well-formed conversation."""
+    turns, at = record.get("conversations"), record["_at"]
+    if isinstance(record.get("text"), str) and turns is None:
+        return
+    if not isinstance(turns, list) or not turns:
+        raise InputError(f'{at}: no "conversations"')
+    marks = {kind: 0 for kind in MEDIA}
+    for i, turn in enumerate(turns):
+        expected = ("human", "gpt")[i % 2]
+        if not isinstance(turn, dict) or turn.get("from") != expected or not isinstance(turn.get("value"), str):
+            raise InputError(f'{at}: turn {i + 1} is not {{"from": "{expected}", "value": "..."}}')
+        if expected == "gpt" and not turn["value"].strip():
+            raise InputError(f"{at}: the answer in turn {i + 1} is empty")
+        for kind in MEDIA:
+            marks[kind] += turn["value"].count(f"<{kind}>") if expected == "human" else 0
+    if len(turns) % 2:
+        raise InputError(f"{at}: the last question has no answer")
+    for kind in MEDIA:
+        files = record.get(kind) or []
+        n = len([files] if isinstance(files, str) else files)
+        if marks[kind] != n:
+            raise InputError(f"{at}: {marks[kind]} <{kind}> in the questions, but {n} {kind} file(s)")
+
+
+def conversation(config, turns, media, first=True):
+    """Segments of a conversation.
+
+    Args: turns [(question, answer)], an answer of None is left for the model to give; media: an iterator
+    of segments such as ("image", pixels), used up in the order of the marks <image>; first: False where
+    the turns continue a conversation whose state is kept.
+    """
+    encode, template = get_tokenizer(config.tokenizer).encode, TEMPLATES[config.template]
+    clean = lambda text: re.sub(r"\n\s*\n", "\n", text.strip()).replace("\x16", "").replace("\x17", "")
+    segments, text = [], template.before if first else ""
+    for question, answer in turns:
+        text += template.human.format(clean(question))
+        for piece in MARK.split(text + template.gpt):
+            if MARK.match(piece):
+                segments.append(next(media))
+            elif piece:
+                segments.append(("text", encode(piece)))
+        if answer is not None:  # the end is encoded by itself: "。\n" and the like are tokens of RWKV World
+            segments.append(("answer", encode(template.answer + clean(answer)) + encode(template.end)))
+        text = ""
+    return segments
+
+
+def record_turns(record):
+    turns = [turn["value"] for turn in record["conversations"]]
+    return list(zip(turns[::2], turns[1::2]))
+
+
+# ----------------------------------------------------------------------------------------------
+# 3. The recurrence
+
+
+def wkv7_loop(r, w, k, v, a, b, state=None):
+    """The RWKV-7 recurrence as the paper writes it ([2], eq. 17): the oracle for every faster path.
+
+        S_t = S_{t-1} diag(exp(w_t)) + (S_{t-1} a_t) b_t^T + v_t k_t^T          y_t = S_t r_t
+
+    Args:
+        r, w, k, v, a, b: (B, T, H, N); w <= 0 is the log of the decay, -inf is legal
+        state: (B, H, N, N), or None for zeros; rows are value channels, columns key channels
+    Returns:
+        y (B, T, H, N) in r's dtype, and the state after the last step, in float32 (float64 for float64
+        inputs). Differentiable in all seven inputs.
+    """
+    B, T, H, N = r.shape
+    dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
+    S = torch.zeros(B, H, N, N, dtype=dtype, device=r.device) if state is None else state.to(dtype)
+    ys = []
+    for r_, d_, k_, v_, a_, b_ in zip(*(x.to(dtype).unbind(1) for x in (r, w.to(dtype).exp(), k, v, a, b))):
+        Sa = S @ a_[..., None]  # (B, H, N, N) x (B, H, N, 1) -> (B, H, N, 1)
+        S = S * d_[..., None, :] + Sa * b_[..., None, :] + v_[..., None] * k_[..., None, :]
+        ys.append((S @ r_[..., None])[..., 0])
+    return torch.stack(ys, 1).to(r.dtype), S
+
+
+def wkv7_chunked(r, w, k, v, a, b, state=None):
+    """wkv7_loop in matrix products, chunk by chunk. Same arguments and results.
+
+    With c_t = w_1 + ... + w_t inside a chunk and u_t = S_{t-1} a_t, unrolling the recurrence gives
+        S_t = S_0 e^{c_t} + sum_{s<=t} (u_s b_s^T + v_s k_s^T) e^{c_t - c_s},
+    so with a~_t = a_t e^{c_{t-1}}, r~_t = r_t e^{c_t}, b~_s = b_s e^{-c_s}, k~_s = k_s e^{-c_s}
+        (I - tril(a~ b~^T, -1)) U = a~ S_0^T + tril(a~ k~^T, -1) V           a triangular system
+        Y = r~ S_0^T + tril(r~ b~^T) U + tril(r~ k~^T) V.
+    e^{-c_s} must not overflow, so the chunk is the shorter, the faster the decay; below 8 steps the loop does it.
+    """
+    B, T, H, N = r.shape
+    dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
+    fastest = -w.detach().min().item() if T >= 8 else math.inf
+    longest = min(96, int(min(60 / fastest, 96))) if fastest > 0 else 96
+    if longest < 8:
+        return wkv7_loop(r, w, k, v, a, b, state)
+    n = -(-T // longest)  # chunks, of L steps each
+    L = -(-T // n)
+
+    def chunks(x):  # (B, T, H, N) -> (B, H, n, L, N); zeros at the end change no state
+        x = x.to(dtype) if n * L == T else F.pad(x.to(dtype), (0, 0, 0, 0, 0, n * L - T))
+        return x.view(B, n, L, H, N).permute(0, 3, 1, 2, 4)
+
+    def unchunk(y):
+        y = y.permute(0, 2, 3, 1, 4).reshape(B, n * L, H, N)
+        return (y if n * L == T else y[:, :T]).to(out_dtype)
+
+    def solve(x):  # (I - tril(a~ b~^T, -1))^-1 x
+        return torch.linalg.solve_triangular(-(a @ b.mT), x, upper=False, unitriangular=True)
+
+    out_dtype = r.dtype
+    r, w, k, v, a, b = map(chunks, (r, w, k, v, a, b))
+    c = w.cumsum(-2)
+    middle = c[..., L // 2, None, :].detach()  # measured from the middle of the chunk, both signs stay small
+    end = (c[..., -1:, :] - middle).exp()
+    grow, decay = (middle - c).exp(), (c - middle).exp()
+    r, a, b, k = r * decay, a * (c - w - middle).exp(), b * grow, k * grow
+    own = (a @ k.mT).tril(-1) @ v  # what the chunk's own pairs add to the system, and below to the output
+    rb, rk = (r @ b.mT).tril(), (r @ k.mT).tril()
+
+    if n == 1 and state is None:  # no state to read: what training on short samples needs
+        U = solve(own)
+        S = (U.mT @ b + v.mT @ k) * end
+        return unchunk(rb @ U + rk @ v), S[:, :, 0]
+
+    W, Z = solve(torch.cat([a, own], -1)).split(N, -1)  # U = W S^T + Z
+    Q, Y = r + rb @ W, rb @ Z + rk @ v  # y = Q S^T + Y
+    G, X = W.mT @ b, Z.mT @ b + v.mT @ k  # S <- S (I + G) + X, as seen from the middle of the chunk
+    S = torch.zeros(B, H, N, N, dtype=dtype, device=r.device) if state is None else state.to(dtype)
+    starts = []
+    for from_start, G_, X_, to_end in zip(*(x.unbind(2) for x in (middle.exp(), G, X, end))):
+        S = S * from_start
+        starts.append(S)
+        S = (S + S @ G_ + X_) * to_end
+    return unchunk(Q @ torch.stack(starts, 2).mT + Y), S
+
+
+def wkv7(r, w, k, v, a, b, state=None):
+    """The RWKV-7 recurrence by the fastest way there is for these inputs; see wkv7_loop."""
+    return wkv7_chunked(r, w, k, v, a, b, state)
+
+
+# ----------------------------------------------------------------------------------------------
+# 4. RWKV-7 blocks. Parameter names, initial values and epsilons are the official ones ([4], model.py).
+
+
+def shift(x, last, lengths):
+    """(the token before each, the last real token): (B, T, C), (B, C). `last` is the one before x, or None for zeros."""
+    before = F.pad(x, (0, 0, 1, -1)) if last is None else torch.cat([last[:, None].to(x.dtype), x[:, :-1]], 1)
+    return before, x[:, -1] if lengths is None else x[torch.arange(len(x), device=x.device), lengths - 1]
+
+
+def orthogonal(rows, cols, gain):
+    return nn.init.orthogonal_(torch.empty(rows, cols), gain)
+
+
+def lora_rank(n_embd, factor):  # [4]: a multiple of 32 near factor * sqrt(C)
+    return max(32, round(factor * n_embd**0.5 / 32) * 32)
+
+
+class TimeMix7(nn.Module):
+    """RWKV-7 time mixing ([2], section 4.1; [4], RWKV_Tmix_x070)."""
+
+    def __init__(self, n_layer, n_embd, head_size, layer, ranks=None):
+        super().__init__()
+        C, N, H = n_embd, head_size, n_embd // head_size
+        self.layer, self.H, self.N = layer, H, N
+        depth0, depth1 = layer / max(1, n_layer - 1), 1 - layer / n_layer
+        n = torch.arange(C)
+        q, u = n / C, n / max(1, C - 1)
+        linear, zigzag = u - 0.5, (n % N - (N - 1) / 2) / ((N - 1) / 2)
+        zigzag = zigzag * zigzag.abs()
+
+        def vector(x):
+            return nn.Parameter(x.view(1, 1, C))
+
+        for name, power in dict(r=0.2, w=0.9, k=0.7, v=0.7, a=0.9, g=0.2).items():
+            setattr(self, f"x_{name}", vector(1 - q ** (power * depth1)))
+        bias = dict(w=-5.5 + 6 * u ** (1 + depth0**0.3) + 2.5 * zigzag, a=-0.19 + 0.3 * zigzag + 0.4 * linear, v=0.73 - 0.4 * linear)
+        ranks = ranks or {name: lora_rank(C, factor) for name, factor in dict(w=2.5, a=2.5, v=1.7, g=5).items()}
+        for name, rank in ranks.items():
+            if name == "v" and layer == 0:
+                continue  # v_first is made here: there is nothing to mix it with
+            if name in bias:
+                setattr(self, f"{name}0", vector(bias[name]))
+            setattr(self, f"{name}1", nn.Parameter(torch.zeros(C, rank)))
+            setattr(self, f"{name}2", nn.Parameter(orthogonal(rank, C, 0.1 * max(1, (rank / C) ** 0.5))))
+        self.k_k = vector(0.71 - 0.1 * linear)
+        self.k_a = vector(torch.full((C,), 1.02))
+        self.r_k = nn.Parameter(torch.full((H, N), -0.04))
+        for name, gain in dict(receptance=1, key=0.1, value=1, output=0).items():
+            layer_ = nn.Linear(C, C, bias=False)
+            layer_.weight = nn.Parameter(orthogonal(C, C, gain) if gain else torch.zeros(C, C))
+            setattr(self, name, layer_)
+        self.ln_x = nn.GroupNorm(H, C, eps=64e-5)
+        nn.init.constant_(self.ln_x.weight, ((layer + 1) / n_layer) ** 0.7)
+
+    def forward(self, x, v_first, last=None, state=None, lengths=None):
+        """
+        Args: x (B, T, C), normalised; v_first (B, T, C), the values of layer 0 (None there); last (B, C)
+        and state (B, H, N, N) of the tokens before, or None; lengths (B,) of samples padded on the right.
+        Returns: (B, T, C), v_first, last, state.
+        """
+        B, T, C = x.shape
+        before, last = shift(x, last, lengths)
+        d = before - x
+        r = self.receptance(torch.addcmul(x, d, self.x_r))
+        k = self.key(torch.addcmul(x, d, self.x_k))
+        xv = torch.addcmul(x, d, self.x_v)
+        v = self.value(xv)
+        w = self.w0 + torch.tanh((torch.addcmul(x, d, self.x_w)) @ self.w1) @ self.w2
+        w = -math.exp(-0.5) * torch.sigmoid(w.float())  # log decay, in (-0.6065, 0)
+        xa = torch.addcmul(x, d, self.x_a)
+        iclr = torch.sigmoid(self.a0 + xa @ self.a1 @ self.a2)
+        g = torch.sigmoid((torch.addcmul(x, d, self.x_g)) @ self.g1) @ self.g2
+        if self.layer == 0:
+            v_first = v
+        else:
+            v = v + (v_first - v) * torch.sigmoid(self.v0 + xv @ self.v1 @ self.v2)
+        kk = F.normalize((k * self.k_k).view(B, T, self.H, self.N), dim=-1)
+        k = k * (1 + (iclr - 1) * self.k_a)
+        r, w, k, v, iclr = (z.view(B, T, self.H, self.N) for z in (r, w, k, v, iclr))
+        a, b, k_in = -kk, kk * iclr, k
+        if lengths is not None:  # padding leaves the state as it is
+            real = (torch.arange(T, device=x.device) < lengths[:, None])[..., None, None]
+            w, k_in, b = w * real, k * real, b * real
+        y, state = wkv7(r, w, k_in, v, a, b, state)
+        y = self.ln_x(y.reshape(B * T, C)).view(B, T, C)
+        bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v
+        return self.output((y + bonus.view(B, T, C)) * g), v_first, last, state
+
+
+class ChannelMix7(nn.Module):
+    """RWKV-7 channel mixing ([2], section 4.2; [4], RWKV_CMix_x070)."""
+
+    def __init__(self, n_layer, n_embd, layer, hidden):
+        super().__init__()
+        self.x_k = nn.Parameter(1 - (torch.arange(n_embd) / n_embd).view(1, 1, -1) ** ((1 - layer / n_layer) ** 4))
+        self.key = nn.Linear(n_embd, hidden, bias=False)
+        self.key.weight = nn.Parameter(orthogonal(hidden, n_embd, 1))
+        self.value = nn.Linear(hidden, n_embd, bias=False)
+        nn.init.zeros_(self.value.weight)
+
+    def forward(self, x, last=None, lengths=None):
+        before, last = shift(x, last, lengths)
+        h = torch.relu(self.key(torch.addcmul(x, before - x, self.x_k)))
+        return self.value(h * h), last
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer, ranks=None, hidden=None):
+        super().__init__()
+        C = config.n_embd
+        if layer == 0:
+            self.ln0 = nn.LayerNorm(C)  # on all that enters, embeddings and picture vectors alike
+        self.ln1, self.ln2 = nn.LayerNorm(C), nn.LayerNorm(C)
+        self.att = TimeMix7(config.n_layer, C, config.head_size, layer, ranks)
+        self.ffn = ChannelMix7(config.n_layer, C, layer, hidden or 4 * C)
+
+    def forward(self, x, v_first, state, lengths):
+        """state: (last token of ln1, S, last token of ln2), each None at the start of a sequence."""
+        if hasattr(self, "ln0"):
+            x = self.ln0(x)
+        y, v_first, x_att, S = self.att(self.ln1(x), v_first, state[0], state[1], lengths)
+        x = x + y
+        y, x_ffn = self.ffn(self.ln2(x), state[2], lengths)
+        return x + y, v_first, (x_att, S, x_ffn)
+
+
+# ----------------------------------------------------------------------------------------------
+# 5. Encoders: from a file to vectors
+
+
+class PatchEncoder(nn.Module):
+    """Patches of a picture through one linear layer, from scratch, as in ViT; the height is fixed, the width free."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.size, self.trim = (config.image_height, config.patch_height, config.patch_width), config.image_trim
+        if config.image_height % config.patch_height:
+            raise InputError(f"image_height={config.image_height} is not a multiple of patch_height={config.patch_height}")
+        self.width = config.encoder_width
+        self.proj = nn.Linear(3 * config.patch_height * config.patch_width, self.width)
+        nn.init.kaiming_normal_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)
+        self.row = nn.Parameter(torch.zeros(config.image_height // config.patch_height, self.width))
+        self.col = nn.Parameter(torch.zeros(config.image_height * 16 // config.patch_width, self.width))
+
+    def load(self, path):
+        """A picture file (or PIL image) as uint8 (3, image_height, width), the width a multiple of patch_width.
+
+        The empty border is cut away if image_trim is set, the aspect ratio is kept, and pictures wider
+        than 16 times their height are made to fit; raises InputError naming the file.
+        """
+        try:
+            with Image.open(path) if not isinstance(path, Image.Image) else contextlib.nullcontext(path) as image:
+                if image.mode in ("P", "LA", "RGBA", "PA"):  # what is transparent lies on white paper
+                    image = image.convert("RGBA")
+                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                image = image.convert("RGB")
+        except FileNotFoundError as e:
+            raise InputError(f"no such picture: {path}") from e
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+            raise InputError(f"{path} is not a picture that can be read: {e}") from e
+        pixels = np.asarray(image)
+        edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+        paper = tuple(int(c) for c in np.median(edge, 0))
+        if self.trim:
+            ink = (np.abs(pixels.astype(np.int16) - np.array(paper, np.int16)).max(-1) > 64).nonzero()
+            if len(ink[0]):
+                image = image.crop((ink[1].min(), ink[0].min(), ink[1].max() + 1, ink[0].max() + 1))
+        height, _, patch = self.size
+        scale = min(height / image.height, 16 * height / image.width)
+        inner = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+        canvas = Image.new("RGB", (-(-inner[0] // patch) * patch, height), paper)
+        canvas.paste(image.resize(inner, Image.BILINEAR), (0, (height - inner[1]) // 2))
+        return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
+
+    def length(self, image):
+        return (image.shape[1] // self.size[1]) * (image.shape[2] // self.size[2])
+
+    def forward(self, images):
+        """[(3, h, w) uint8] -> [(patches, width)], patches row by row."""
+        _, p, q = self.size
+        grids = [(x.shape[1] // p, x.shape[2] // q) for x in images]
+        patches = [x.view(3, h, p, w, q).permute(1, 3, 0, 2, 4).reshape(h * w, -1) for x, (h, w) in zip(images, grids)]
+        place = [(self.row[:h, None] + self.col[None, :w]).flatten(0, 1) for h, w in grids]
+        x = 1 - torch.cat(patches).to(self.proj.weight.device).float() / 255  # white paper is 0, and adds nothing
+        return F.gelu(self.proj(x) + torch.cat(place)).split([h * w for h, w in grids])
+
+
+ENCODERS = {"patch": PatchEncoder}
+
+
+# ----------------------------------------------------------------------------------------------
+# 6. Adapter
+
+
+class Adapter(nn.Module):
+    """Conv1D(k, s) along the sequence, then y = MLP(x), y + LayerNorm(y) ([1], eq. 4 and 5; [1]'s code, pre_norm).
+
+    The sequence is padded on the left so that the last window ends on the last vector:
+    L' = floor((L + pad - k) / s) + 1, 577 and 576 vectors both give 288, 192, 144 for (3,2), (4,3), (5,4).
+    """
+
+    def __init__(self, width, n_embd, scale, kernel, stride):
+        super().__init__()
+        self.kernel, self.stride = kernel, stride
+        if kernel:
+            self.conv = nn.Conv1d(width, width, kernel, stride, bias=False)
+        self.mlp = nn.Sequential(nn.Linear(width, scale * n_embd), nn.ReLU(), nn.Linear(scale * n_embd, n_embd))
+        self.pre_norm = nn.LayerNorm(n_embd)
+        for layer in (self.mlp[0], self.mlp[2]):  # a bias would drown a faint signal in the norm, and delay its emergence
+            nn.init.zeros_(layer.bias)
+
+    def padding(self, n):  # on the left
+        return max(self.kernel - n, (self.kernel - n) % self.stride)
+
+    def length(self, n):
+        return (n + self.padding(n) - self.kernel) // self.stride + 1 if self.kernel else n
+
+    def forward(self, signals):
+        """[(L, width)] -> [(L', n_embd)]"""
+        lengths = [self.length(len(x)) for x in signals]
+        if self.kernel:
+            x = pad_sequence([F.pad(x, (0, 0, self.padding(len(x)), 0)) for x in signals], True)
+            x = torch.cat([y[:n] for y, n in zip(self.conv(x.mT).mT, lengths)])
+        else:
+            x = torch.cat(signals)
+        y = self.mlp(x)
+        return (y + self.pre_norm(y)).split(lengths)
+
+
+# ----------------------------------------------------------------------------------------------
+# 7. ModRWKV
+
+
+class ModRWKV(nn.Module):
+    """The language model, with an encoder and an adapter for each kind of signal."""
+
+    def __init__(self, config, vocab_size=None, ranks=None, hidden=None):
+        """vocab_size, ranks of the low-rank matrices and hidden width of the FFN: read off a checkpoint, else official."""
+        super().__init__()
+        if config.n_embd % config.head_size:
+            raise InputError(f"n_embd={config.n_embd} is not a multiple of head_size={config.head_size}")
+        if config.template not in TEMPLATES:
+            raise InputError(f"template={config.template} is not one of {', '.join(TEMPLATES)}")
+        self.config = config
+        V, C = vocab_size or get_tokenizer(config.tokenizer).vocab_size, config.n_embd
+        self.emb = nn.Embedding(V, C)
+        nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)
+        self.blocks = nn.ModuleList(Block(config, layer, ranks, hidden) for layer in range(config.n_layer))
+        self.ln_out = nn.LayerNorm(C)
+        self.head = nn.Linear(C, V, bias=False)
+        nn.init.orthogonal_(self.head.weight, 0.5 * max(1, V / C) ** 0.5)
+        self.encoder, self.adapter = nn.ModuleDict(), nn.ModuleDict()
+        if config.image_encoder != "none":
+            if config.image_encoder not in ENCODERS:
+                raise InputError(f"image_encoder={config.image_encoder} is not one of {', '.join(ENCODERS)}, none")
+            self.encoder["image"] = ENCODERS[config.image_encoder](config)
+            self.adapter["image"] = Adapter(
+                self.encoder["image"].width, C, config.adapter_scale, config.conv_kernel, config.conv_stride
+            )
+
+    # -- from records and questions to samples --
+
+    def segments(self, turns, media, first=True, at=""):
+        """The segments of turns [(question, answer or None)] about media [(kind, path)]; `at` is where errors say they are."""
+        try:
+            for kind, path in media:
+                if kind not in self.encoder:
+                    raise InputError(f"{path}: this model was made without an {kind} encoder")
+            return conversation(self.config, turns, ((kind, self.encoder[kind].load(path)) for kind, path in media), first)
+        except InputError as e:
+            raise InputError(f"{at}: {e}" if at else str(e)) from e
+
+    def sample(self, record):
+        """The segments of a record of read_records, to learn from; raises InputError naming the record."""
+        if "conversations" not in record:
+            tokenizer = get_tokenizer(self.config.tokenizer)
+            return [("answer", tokenizer.encode(record["text"]) + [tokenizer.end])]
+        return self.segments(record_turns(record), record_media(record), at=record["_at"])
+
+    def question(self, prompt, media=(), first=True):
+        """The segments that ask `prompt` about media [(kind, path)]; those without a mark such as <image> go before it."""
+        for kind in MEDIA:
+            missing = sum(k == kind for k, _ in media) - prompt.count(f"<{kind}>")
+            if missing < 0:
+                raise InputError(f"the prompt has {-missing} <{kind}> more than there are {kind} files")
+            prompt = f"<{kind}>\n" * missing + prompt
+        return self.segments([(prompt, None)], media, first)
+
+    def length(self, sample):
+        """How many vectors a sample becomes."""
+        return sum(len(x) if kind in ("text", "answer") else self.adapter[kind].length(self.encoder[kind].length(x)) for kind, x in sample)
+
+    # -- fuse, forward, loss --
+
+    def fuse(self, samples):
+        """Samples of segments to one padded batch.
+
+        Returns: x (B, T, C), padded on the right; labels (B, T), the token each position has to predict,
+        -100 where none; lengths (B,).
+        """
+        device = self.emb.weight.device
+        ids = torch.tensor([i for sample in samples for kind, data in sample if kind in ("text", "answer") for i in data])
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self.emb.num_embeddings:
+            raise InputError(f"token {ids.max()} is beyond the model's vocabulary of {self.emb.num_embeddings}")
+        vectors = {"text": iter(self.emb(ids.to(device)).split([len(d) for s in samples for k, d in s if k in ("text", "answer")]))}
+        for kind in {kind for sample in samples for kind, _ in sample} & set(MEDIA):
+            if kind not in self.encoder:
+                raise InputError(f"this model was made without an {kind} encoder")
+            signals = [data for sample in samples for k, data in sample if k == kind]
+            vectors[kind] = iter(self.adapter[kind](self.encoder[kind](signals)))
+        xs, labels = [], []
+        for sample in samples:
+            x, label = [], []
+            for kind, data in sample:
+                x.append(next(vectors["text" if kind == "answer" else kind]))
+                label += data if kind == "answer" else [-100] * len(x[-1])
+            xs.append(torch.cat(x))
+            labels.append(torch.tensor(label[1:] + [-100]))
+        lengths = torch.tensor([len(x) for x in xs], device=device)
+        return pad_sequence(xs, True), pad_sequence(labels, True, -100).to(device), lengths
+
+    def hidden(self, x, state=None, lengths=None):
+        """(B, T, C) into the blocks -> (B, T, C) out of ln_out, and the new state."""
+        v_first, new = None, []
+        for block, s in zip(self.blocks, state or [(None, None, None)] * len(self.blocks)):
+            x, v_first, s = block(x, v_first, s, lengths)
+            new.append(s)
+        return self.ln_out(x), new
+
+    def forward(self, idx, state=None):
+        """
+        Args: idx: tokens (B, T), or a list of samples, each a list of segments; state: what an earlier call
+        returned, to continue from there: per layer (x_att (B, C), S (B, H, N, N), x_ffn (B, C)).
+        Returns: logits (B, T, V), of no meaning beyond a sample's length, and each sample's own state.
+        """
+        x, _, lengths = (self.emb(idx), None, None) if torch.is_tensor(idx) else self.fuse(idx)
+        x, state = self.hidden(x, state, lengths)
+        return self.head(x), state
+
+    def loss(self, samples, count=None):
+        """Cross-entropy summed over the answers' tokens and divided by `count` (by default their number). Only they go through the head."""
+        x, labels, _ = self.fuse(samples)
+        x, _ = self.hidden(x)
+        learned = labels != -100
+        loss = F.cross_entropy(self.head(x[learned]).float(), labels[learned], reduction="sum")
+        return loss / (count or learned.sum().clamp(min=1))
+
+    # -- generate --
+
+    @torch.inference_mode()
+    def generate(self, samples, state=None, max_new_tokens=256, temperature=0.0, top_k=0, top_p=1.0, seed=0, end=""):
+        """Continues a batch of samples (lists of segments), each until `end` (by default the template's; None: no text
+        ends it), the tokenizer's end token, or max_new_tokens.
+
+        temperature 0 is greedy. Each sample has its own random numbers, so no answer depends on its neighbours.
+        Yields: at each step the list of new pieces of text, "" for those at rest; a piece never splits a character.
+        Returns (as StopIteration.value): for a batch of one, the state after the answer and its end, from which a chat goes on.
+        """
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens={max_new_tokens} leaves no room for an answer")
+        tokenizer = get_tokenizer(self.config.tokenizer)
+        end = TEMPLATES[self.config.template].end if end == "" else end or ""
+        device, B = self.emb.weight.device, len(samples)
+        rngs = [torch.Generator(device).manual_seed(seed) for _ in samples]
+        decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in samples]
+        x, _, lengths = self.fuse(samples)
+        x, state = self.hidden(x, state, lengths)
+        x = x[torch.arange(B, device=device), lengths - 1]
+        held, done = [""] * B, [False] * B  # text held back: it may be the start of the template's end
+        for step in range(max_new_tokens):
+            tokens = torch.stack([pick(z, temperature, top_k, top_p, g) for z, g in zip(self.head(x).float(), rngs)])
+            pieces = [""] * B
+            for i, token in enumerate(tokens.tolist()):
+                if done[i]:
+                    continue
+                last = token == tokenizer.end or step == max_new_tokens - 1
+                held[i] += decoders[i].decode(tokenizer.decode([token]), last)
+                cut = held[i].find(end) if end else -1
+                done[i] = last or cut >= 0
+                keep = next((n for n in range(len(end) - 1, 0, -1) if held[i].endswith(end[:n])), 0) if not done[i] else 0
+                stop = cut if cut >= 0 else len(held[i]) - keep
+                pieces[i], held[i] = held[i][:stop], held[i][stop:]
+            yield pieces
+            if all(done):
+                break
+            x, state = self.hidden(self.emb(tokens)[:, None], state)
+            x = x[:, 0]
+        if B == 1:
+            ids = [t for t in tokens.tolist() if t != tokenizer.end] + ([] if cut >= 0 else tokenizer.encode(end))
+            return self.hidden(self.emb(torch.tensor([ids], device=device)), state)[1] if ids else state
+
+
+def pick(logits, temperature, top_k, top_p, generator):
+    """One token from logits (V,): greedy at temperature 0, else from the top_k likeliest (0: all) within a mass of top_p."""
+    if temperature == 0:
+        return logits.argmax()
+    p, index = torch.softmax(logits / temperature, -1).sort(descending=True)
+    p = p[: top_k or None]
+    p = p * (p.cumsum(0) - p < top_p)  # the likeliest always stays
+    return index[torch.multinomial(p, 1, generator=generator)[0]]
+
+
+# ----------------------------------------------------------------------------------------------
+# 8. Optimizer
+
+
+def parameter_groups(model, weight_decay):
+    """AdamW groups as the official ones ([4], configure_optimizers): decay on matrices named `.weight` only,
+    twice the learning rate on att.w0. Each group's learning rate is to be multiplied by its "lr_scale"."""
+    groups = {"decay": [], "w0": [], "rest": []}
+    for name, p in model.named_parameters():
+        matrix = name.endswith(".weight") and sum(n > 1 for n in p.shape) >= 2
+        groups["w0" if name.endswith("att.w0") else "decay" if matrix else "rest"].append(p)
+    return [
+        {"params": groups["decay"], "weight_decay": weight_decay, "lr_scale": 1.0},
+        {"params": groups["w0"], "weight_decay": 0.0, "lr_scale": 2.0},
+        {"params": groups["rest"], "weight_decay": 0.0, "lr_scale": 1.0},
+    ]
+
+
+def freeze(model, phase):
+    """The papers' two phases: "adapter" trains adapters and encoders without pretrained weights, "all" the language model too."""
+    for name, p in model.named_parameters():
+        part = name.split(".")[0]
+        pretrained = part == "encoder" and getattr(model.encoder[name.split(".")[1]], "pretrained", False)
+        p.requires_grad_(not pretrained and (phase == "all" or part in ("encoder", "adapter")))
+
+
+# ----------------------------------------------------------------------------------------------
+# 9. Checkpoints
+
+
+def save(path, model, **more):
+    """Writes model, config and `more` (tensors and plain values) to path: all of it, or nothing and what was there stays."""
+    partial = f"{path}.partial"
+    try:
+        with open(partial, "wb") as f:
+            torch.save({"model": model.state_dict(), "config": dataclasses.asdict(model.config), **more}, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as e:  # torch's writer says RuntimeError when the disk is full
+        with contextlib.suppress(OSError):
+            os.remove(partial)
+        kept = "; the checkpoint of before is still there" if os.path.exists(path) else ""
+        raise InputError(f"could not save {path}: {getattr(e, 'strerror', None) or 'is the disk full?'}{kept}") from e
+
+
+def read_checkpoint(path):
+    """The contents of a checkpoint of ours, or of an official RWKV-7 .pth as if it were one; raises InputError."""
+    try:
+        data = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as e:
+        raise InputError(f"cannot read the checkpoint {path}: {e.strerror or e}") from e
+    except Exception as e:  # pickle's, zipfile's and torch's own: whatever it is, these bytes are no checkpoint
+        raise InputError(f"{path} is not a checkpoint that torch can read safely, or it is cut short") from e
+    if not isinstance(data, dict):
+        raise InputError(f"{path} holds no model")
+    if "emb.weight" in data:
+        data = {"model": data, "config": {"tokenizer": "rwkv_vocab_v20230424.txt", "image_encoder": "none"}}
+    if not isinstance(data.get("model"), dict) or not isinstance(data.get("config"), dict):
+        raise InputError(f"{path} is from elsewhere: neither a checkpoint of train.py nor an official RWKV-7 .pth")
+    return data
+
+
+def build(data, path, **changes):
+    """The model of read_checkpoint's contents; sizes are read off the tensors, `changes` go into its config."""
+    weights = {name: x for name, x in data["model"].items() if not re.match(r"blocks\.0\.att\.v[012]", name)}  # unused there
+    for name in ("emb.weight", "blocks.0.att.r_k", "blocks.0.att.w1", "blocks.0.ffn.key.weight"):
+        if name not in weights:
+            raise InputError(f"{path} is not an RWKV-7 checkpoint: it has no {name}")
+    config = {k: v for k, v in data["config"].items() if k in Config.__dataclass_fields__} | changes
+    V, config["n_embd"] = weights["emb.weight"].shape
+    config["n_layer"] = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+    config["head_size"] = weights["blocks.0.att.r_k"].shape[1]
+    lora = lambda name: weights[name].shape[1] if name in weights else 0
+    ranks = {name: lora(f"blocks.{min(1, config['n_layer'] - 1) if name == 'v' else 0}.att.{name}1") for name in "wavg"}
+    model = ModRWKV(Config(**config), V, ranks, weights["blocks.0.ffn.key.weight"].shape[0])
+    own, new = model.state_dict(), ()
+    if not any(name.startswith("encoder.") for name in weights):  # a language model may be given eyes
+        new = tuple(name for name in own if name.startswith(("encoder.", "adapter.")))
+    wrong = [f"{name} is missing" for name in own if name not in weights and name not in new]
+    wrong += [f"{name} is not expected" for name in weights if name not in own]
+    wrong += [f"{n} has shape {tuple(x.shape)}, not {tuple(own[n].shape)}" for n, x in weights.items() if n in own and x.numel() != own[n].numel()]
+    if wrong:
+        raise InputError(f"{path} does not fit: " + "; ".join(wrong[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""))
+    model.load_state_dict({name: x.view(own[name].shape) for name, x in weights.items()}, strict=not new)
+    return model
+
+
+def load(path, device="cpu", **changes):
+    """A model ready to answer, from a checkpoint of train.py or an official RWKV-7 .pth (untrusted files are safe).
+
+    changes: settings of Config to override, e.g. tokenizer="rwkv_vocab_v20230424.txt" for an official .pth.
+    Raises InputError if the file cannot be read or does not fit, naming what is missing or too much.
+    """
+    return build(read_checkpoint(path), path, **changes).to(device).eval()
+
+
+# ----------------------------------------------------------------------------------------------
+# 10. Flags of train.py and sample.py
+
+
+def find_device(name):
+    """The torch.device of a --device flag; auto takes a GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as e:  # torch built without CUDA asserts
+        raise InputError(f"--device={name} cannot be used here: {str(e).splitlines()[0]}") from e
+    return torch.device(name)
+
+
+def flags(about, *classes, argv=None):
+    """Command-line flags for the fields of dataclasses, made with `setting`.
+
+    Returns: an instance of each class, and the set of the names that were given.
+    """
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            self.exit(2, f"error: {message}; see --help\n")
+
+    def boolean(text):
+        if text.lower() not in ("true", "1", "yes", "false", "0", "no"):
+            raise ValueError
+        return text.lower() in ("true", "1", "yes")
+
+    parser = Parser(usage="python %(prog)s [--name=value ...]", description=about, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for cls in classes:
+        group = parser.add_argument_group(cls.__doc__)
+        for field in dataclasses.fields(cls):
+            kind = boolean if field.type is bool else field.type
+            bare = {"nargs": "?", "const": True} if field.type is bool else {}
+            text = f"{field.metadata['help']} [{field.default}]".replace("%", "%%")
+            name = {int: "INT", float: "FLOAT", bool: "BOOL", str: "TEXT"}[field.type]
+            group.add_argument(f"--{field.name}", type=kind, default=argparse.SUPPRESS, metavar=name, help=text, **bare)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        near = difflib.get_close_matches(name.lstrip("-"), [f.name for cls in classes for f in dataclasses.fields(cls)], 1)
+        parser.error(f"there is no {name}" + (f": did you mean --{near[0]}?" if near else ""))
+    given = vars(given)
+    return *(cls(**{f.name: given[f.name] for f in dataclasses.fields(cls) if f.name in given}) for cls in classes), set(given)

@@ -1,0 +1,154 @@
+"""Ask a checkpoint: one prompt, a chat, or a file of questions with its score.
+
+    python sample.py --out_dir=out --image=x.png --prompt="What number is this?"
+    python sample.py --out_dir=out --image=x.png --chat
+    python sample.py --out_dir=out --eval=data/digits/val.jsonl
+    python sample.py --out_dir=plays --raw --prompt="ROMEO:"
+"""
+
+import json
+import os
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass
+
+from tqdm import tqdm
+
+from modrwkv import MARK, InputError, find_device, flags, get_tokenizer, load, read_records, record_media, record_turns, setting
+
+
+@dataclass
+class Sample:
+    """sampling"""
+
+    out_dir: str = setting("out", "folder of ckpt.pt, or the path of a checkpoint")
+    prompt: str = setting("", "the question; <image> in it marks where a picture goes, else pictures come first")
+    image: str = setting("", "picture files, separated by commas")
+    chat: bool = setting(False, "ask again and again; the state is kept between turns")
+    eval: str = setting("", "a .json or .jsonl file: answer every question in it, and print the scores")
+    raw: bool = setting(False, "no template: the prompt is a text to go on with")
+    max_new_tokens: int = setting(256, "an answer is cut after so many tokens")
+    temperature: float = setting(0.0, "0 always takes the likeliest token")
+    top_k: int = setting(0, "choose among the so many likeliest tokens; 0 for all")
+    top_p: float = setting(1.0, "choose among the likeliest tokens that hold this much of the probability")
+    seed: int = setting(1, "of the choices")
+    batch_size: int = setting(64, "questions answered at once with --eval")
+    tokenizer: str = setting("", "instead of the checkpoint's, e.g. rwkv_vocab_v20230424.txt for an official .pth")
+    device: str = setting("auto", "auto, cpu, cuda, mps")
+
+
+def ask(model, records, batch_size=64, **how):
+    """Answers to every question of the records, in order; later turns see the true earlier answers."""
+    samples = []
+    for record in records:
+        media, turns = list(record_media(record)), record_turns(record)
+        for i in range(len(turns)):
+            asked = turns[:i] + [(turns[i][0], None)]
+            samples.append((asked, media[: len(MARK.findall("".join(q for q, _ in asked)))], record["_at"]))
+    answers = []
+    for i in tqdm(range(0, len(samples), batch_size), unit="batch", leave=False, disable=len(samples) <= batch_size or not sys.stderr.isatty()):
+        batch = [model.segments(turns, media, at=at) for turns, media, at in samples[i : i + batch_size]]
+        answers += ["".join(pieces).strip() for pieces in zip(*model.generate(batch, **how))]
+    return answers
+
+
+def score(records, answers):
+    """
+    Of the answers of `ask`, over all and by the records' "task": n, exact (the share equal to the true answer),
+    chars (the share of characters right, place by place, out of the longer of the two), and majority (what always
+    giving the commonest true answer would score).
+    """
+    tasks, answers = {}, iter(answers)
+    for record in records:
+        for _, truth in record_turns(record):
+            tasks.setdefault(record.get("task", "all"), []).append((next(answers), truth.strip()))
+
+    def summary(pairs):
+        return {
+            "n": len(pairs),
+            "exact": sum(a == t for a, t in pairs) / max(1, len(pairs)),
+            "chars": sum(x == y for a, t in pairs for x, y in zip(a, t)) / max(1, sum(max(len(a), len(t)) for a, t in pairs)),
+            "majority": max(Counter(t for _, t in pairs).values(), default=0) / max(1, len(pairs)),
+        }
+
+    return summary([p for pairs in tasks.values() for p in pairs]) | {"tasks": {k: summary(v) for k, v in sorted(tasks.items())}}
+
+
+def report(records, answers, examples=6):
+    """Prints the scores as a table, and a few answers beside the truth."""
+    if not answers:
+        return
+    result = score(records, answers)
+    print(f"{'held-out answers':20}{'n':>6}{'exact':>10}{'characters':>13}{'majority guess':>17}")
+    for name, row in result["tasks"].items():
+        print(f"{name:20}{row['n']:6}{100 * row['exact']:8.1f} %{100 * row['chars']:11.1f} %{100 * row['majority']:15.1f} %")
+    rows = [(r, q, t) for r in records for q, t in record_turns(r)]
+    step = max(1, len(rows) // examples)
+    for (record, question, truth), answer in list(zip(rows, answers))[::step][:examples]:
+        paths = " ".join(path for _, path in record_media(record))
+        question = " ".join(question.replace("<image>", "").split())
+        print(f"  {'ok ' if answer == truth.strip() else 'NO '} {os.path.relpath(paths) if paths else ''}  {question}  {answer!r}, truth {truth.strip()!r}")
+
+
+def stream(model, sample, state, how):
+    """Prints an answer as it comes; returns the state after it."""
+    pieces = model.generate([sample], state, **how)
+    while True:
+        try:
+            print(next(pieces)[0], end="", flush=True)
+        except StopIteration as stop:
+            print()
+            return stop.value
+
+
+def main(argv=None):
+    s, given = flags(__doc__, Sample, argv=argv)
+    path = os.path.join(s.out_dir, "ckpt.pt") if os.path.isdir(s.out_dir) else s.out_dir
+    if not os.path.exists(path):
+        raise InputError(f"no checkpoint at {path}: train one with python train.py --out_dir={s.out_dir}, or name another with --out_dir")
+    model = load(path, find_device(s.device), **({"tokenizer": s.tokenizer} if s.tokenizer else {}))
+    how = dict(max_new_tokens=s.max_new_tokens, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, seed=s.seed)
+
+    if s.eval:
+        records = read_records(s.eval)
+        asked = [r for r in records if "conversations" in r]
+        if not asked:
+            raise InputError(f"{s.eval} holds no conversations to answer")
+        answers = ask(model, asked, s.batch_size, **how)
+        report(asked, answers)
+        print(json.dumps(score(asked, answers)))
+        return
+    media = [("image", path) for path in s.image.split(",") if path]
+    if s.raw:
+        ids = get_tokenizer(model.config.tokenizer).encode(s.prompt or "\n")
+        stream(model, [("text", ids)], None, how | {"end": None})
+        return
+    if not s.chat:
+        if not s.prompt:
+            raise InputError('nothing to do: give --prompt="...", --chat, --raw or --eval=FILE')
+        stream(model, model.question(s.prompt, media), None, how)
+        return
+    state, prompt = None, s.prompt
+    print("Ask; an empty line ends the chat. To show a picture, write its path in <> anywhere in the question: <x.png>")
+    while True:
+        if not prompt:
+            try:
+                prompt = input("> ").strip()
+            except EOFError:
+                break
+        if not prompt:
+            break
+        media += [("image", path) for path in re.findall(r"<([^<>]+\.\w+)>", prompt)]
+        prompt = re.sub(r"<[^<>]+\.\w+>", "<image>", prompt)
+        state = stream(model, model.question(prompt, media, state is None), state, how)
+        media, prompt = [], ""
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,391 @@
+"""Train a ModRWKV, on the CPU, a GPU, or several with torchrun.
+
+    python train.py                                             handwritten numbers, from scratch, in minutes
+    python train.py --data=my.jsonl --out_dir=mine              your own pictures
+    python train.py --data=shakespeare --out_dir=plays          text alone
+    python train.py --out_dir=mine --resume                     goes on where it was stopped or killed
+    torchrun --nproc_per_node=2 train.py --batch_size=128       the batch is the global one
+"""
+
+import contextlib
+import functools
+import itertools
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported: spinning threads are slow on a busy machine
+
+import torch
+import torch.distributed as dist
+from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from modrwkv import Config, InputError, ModRWKV, build, find_device, flags, freeze, parameter_groups, read_checkpoint, read_records, record_media, save, setting
+from sample import ask, report, score
+
+
+@dataclass
+class Train:
+    """training"""
+
+    data: str = setting("digits", "a folder of data/, or .json and .jsonl files, separated by commas")
+    val_data: str = setting("", "held-out records; by default the data folder's val.jsonl, or every 20th record")
+    out_dir: str = setting("out", "where ckpt.pt, log.jsonl and loss.png go")
+    init_from: str = setting("", "a checkpoint whose weights to start from, ours or an official RWKV-7 .pth")
+    resume: bool = setting(False, "go on from out_dir/ckpt.pt, with the settings it was made with")
+    phase: str = setting("all", "adapter: language model and pretrained encoders frozen; all: pretrained encoders frozen")
+    max_steps: int = setting(600, "optimizer steps")
+    batch_size: int = setting(64, "samples per step, over all processes")
+    grad_accum: int = setting(1, "micro-batches per step and process")
+    ctx_len: int = setting(256, "a longer text is read in windows of so many tokens; conversations are read whole")
+    level_steps: int = setting(30, 'curriculum: records with a "level" above 1 join one level after another, each so many steps later')
+    learning_rate: float = setting(2e-3, "peak learning rate")
+    lr_final: float = setting(0.0, "learning rate after the last step")
+    schedule: str = setting("wsd", "wsd: warm-up, stable, linear decay; cosine: warm-up, half a cosine; constant")
+    warmup_steps: int = setting(50, "steps from zero to the peak learning rate")
+    decay_fraction: float = setting(0.4, "part of the steps in which wsd decays")
+    weight_decay: float = setting(0.1, "on matrices only")
+    beta1: float = setting(0.9, "AdamW's first decay rate")
+    beta2: float = setting(0.99, "AdamW's second decay rate")
+    adam_eps: float = setting(1e-18, "AdamW's epsilon")
+    grad_clip: float = setting(1.0, "largest norm of the gradient; 0 for no limit")
+    eval_interval: int = setting(200, "steps between scores on held-out records")
+    eval_samples: int = setting(200, "held-out records for these scores; the last one uses all")
+    save_interval: int = setting(100, "steps between checkpoints")
+    device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
+    dtype: str = setting("auto", "float32, or bfloat16 under autocast; auto takes bfloat16 where the hardware has it")
+    seed: int = setting(1, "of the initial weights and the order of the data")
+
+
+# ---------------------------------------------------------------------------------------------- data
+
+
+def find_data(names, val):
+    """Paths of training and held-out files; an embedded data set that is not there yet is prepared."""
+    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", names)
+    if "," in names or os.path.isfile(names) or not os.path.isdir(folder):
+        if os.path.splitext(names)[1] not in (".json", ".jsonl"):
+            known = sorted(d for d in os.listdir(os.path.dirname(folder)) if os.path.isdir(os.path.join(folder, "..", d)))
+            raise InputError(f"--data={names} is neither a .json or .jsonl file nor one of {', '.join(known)}")
+        return names.split(","), val
+    paths = [os.path.join(folder, f"{part}.jsonl") for part in ("train", "val")]
+    if not all(map(os.path.exists, paths)):
+        say(f"preparing data/{names} ...")
+        if subprocess.run([sys.executable, os.path.join(folder, "prepare.py")]).returncode:
+            raise InputError(f"data/{names}/prepare.py did not finish: see its message above")
+    return paths[:1], val or paths[1]
+
+
+class Batches:
+    """The samples of each step: a function of (seed, step) alone, so a resumed run needs no other position.
+
+    Every record comes once in an epoch; before that, while records of a higher level wait, draws are from the
+    others. Within a few batches, records of like length share a batch, which leaves little padding.
+    """
+
+    WINDOW = 8  # batches
+
+    def __init__(self, records, settings, model):
+        self.records, self.settings, self.model = records, settings, model
+        self.levels = [record.get("level", 0) for record in records]
+        self.order = functools.lru_cache(2)(self.order)
+        self.window = functools.lru_cache(2)(self.window)
+        self.encoded = functools.lru_cache(16)(lambda i: model.sample(records[i]))  # long texts are cut anew each time
+
+    def order(self, epoch):
+        return torch.randperm(len(self.records), generator=torch.Generator().manual_seed(self.settings.seed * 1000003 + epoch)).tolist()
+
+    def window(self, w):
+        """The batches of WINDOW steps, as lists of (place in the run, index of the record)."""
+        s, rng, n = self.settings, random.Random(f"{self.settings.seed} {w}"), len(self.records)
+        places = range(w * self.WINDOW * s.batch_size, (w + 1) * self.WINDOW * s.batch_size)
+        top = 1 + w * self.WINDOW // s.level_steps if s.level_steps else math.inf
+        if top < max(self.levels):
+            ready = [i for i, level in enumerate(self.levels) if level <= top] or range(n)
+            drawn = [(p, rng.choice(ready)) for p in places]
+        else:
+            drawn = [(p, self.order(p // n)[p % n]) for p in places]
+        drawn.sort(key=lambda place: rough_length(self.records[place[1]]))
+        batches = [drawn[i : i + s.batch_size] for i in range(0, len(drawn), s.batch_size)]
+        rng.shuffle(batches)
+        return batches
+
+    def __call__(self, step, rank, world):
+        """This rank's micro-batches of a step."""
+        batch, pieces = self.window(step // self.WINDOW)[step % self.WINDOW], world * self.settings.grad_accum
+        size = len(batch) // pieces
+        return [[self.sample(*p) for p in batch[i * size : (i + 1) * size]] for i in range(rank, pieces, world)]
+
+    def sample(self, place, i):
+        if "conversations" in self.records[i]:
+            return self.model.sample(self.records[i])
+        [(kind, ids)] = self.encoded(i)
+        start = random.Random(f"{self.settings.seed} {place}").randrange(max(1, len(ids) - self.settings.ctx_len))
+        return [(kind, ids[start : start + self.settings.ctx_len + 1])]
+
+
+def rough_length(record):
+    """About how long a record is as a sequence: characters, and the shape of its pictures from their headers alone."""
+    n = len(record.get("text") or "") + sum(len(turn["value"]) + 12 for turn in record.get("conversations", ()))
+    for _, path in record_media(record):
+        with contextlib.suppress(OSError), Image.open(path) as image:  # reading it whole will say what is wrong
+            n += 8 * image.width / image.height
+    return n
+
+
+def held_out_samples(model, records, ctx_len, n):
+    """The first n samples of the held-out records, long texts cut into windows."""
+
+    def samples():
+        for record in records:
+            sample = model.sample(record)
+            if "conversations" in record:
+                yield sample
+            else:
+                ids = sample[0][1]
+                yield from ([("answer", ids[i : i + ctx_len + 1])] for i in range(0, len(ids) - 1, ctx_len))
+
+    return list(itertools.islice(samples(), n))
+
+
+def learned_tokens(sample):
+    """How many tokens of a sample are predicted: those of its answers, without a first token that nothing precedes."""
+    return sum(len(data) for kind, data in sample if kind == "answer") - (sample[0][0] == "answer")
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+def learning_rate(step, s):
+    """Of a step, counted from 0 ([1]'s "wsd" is what is called cosine here)."""
+    if step < s.warmup_steps:
+        return s.learning_rate * (step + 1) / s.warmup_steps
+    length = {"wsd": s.decay_fraction * s.max_steps, "cosine": s.max_steps - s.warmup_steps, "constant": 1e-9}[s.schedule]
+    p = min(1, max(0, (step + 1 - (s.max_steps - length)) / max(length, 1e-9)))  # how much of the decay is done
+    left = {"wsd": 1 - p, "cosine": (1 + math.cos(math.pi * p)) / 2, "constant": 1}[s.schedule]
+    return s.lr_final + (s.learning_rate - s.lr_final) * left
+
+
+def precision(dtype, device):
+    """Whether to autocast to bfloat16."""
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise InputError(f"--dtype={dtype} is not one of auto, float32, bfloat16")
+    if dtype == "auto":
+        return torch.cuda.is_bf16_supported() if device.type == "cuda" else device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return dtype == "bfloat16"
+
+
+class Loss(torch.nn.Module):
+    """DistributedDataParallel wraps a forward: here it is the loss."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, samples, count):
+        return self.model.loss(samples, count)
+
+
+def say(*words):
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(" ".join(map(str, words)))
+        sys.stdout.flush()
+
+
+def draw_curve(log, path):
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    with open(log) as f:
+        lines = [json.loads(line) for line in f]
+    for key in ("loss", "val_loss"):
+        points = [(x["step"], x[key]) for x in lines if key in x]
+        plt.plot(*zip(*points), label=key, alpha=0.9) if points else None
+    plt.xlabel("step"), plt.ylabel("cross-entropy per answer token"), plt.yscale("log"), plt.grid(alpha=0.3), plt.legend()
+    plt.savefig(path, dpi=120), plt.close()
+
+
+def start(s, config, given):
+    """(checkpoint to resume or None, settings, model), after a look at what was asked for."""
+    ckpt_path = os.path.join(s.out_dir, "ckpt.pt")
+    names = {f.name for f in fields(Config)}
+    if s.resume:
+        ckpt = read_checkpoint(ckpt_path)
+        if "train" not in ckpt:
+            raise InputError(f"{ckpt_path} was not written by train.py: start from its weights with --init_from")
+        wrong = [k for k in given & names if ckpt["config"][k] != getattr(config, k)]
+        if wrong:
+            raise InputError(f"{ckpt_path} was trained with {wrong[0]}={ckpt['config'][wrong[0]]}: choose another --out_dir to change that")
+        old = {k: v for k, v in ckpt["train"].items() if k not in given}
+        return ckpt, Train(**asdict(s) | old | {"resume": True, "out_dir": s.out_dir}), build(ckpt, ckpt_path)
+    if os.path.exists(ckpt_path):
+        raise InputError(f"{ckpt_path} exists: go on training it with --resume, or choose another --out_dir")
+    if s.init_from:
+        return None, s, build(read_checkpoint(s.init_from), s.init_from, **{k: getattr(config, k) for k in given & names})
+    return None, s, ModRWKV(config)
+
+
+def main(argv=None):
+    s, config, given = flags(__doc__, Train, Config, argv=argv)
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    for name, known in (("phase", ("adapter", "all")), ("schedule", ("wsd", "cosine", "constant"))):
+        if getattr(s, name) not in known:
+            raise InputError(f"--{name}={getattr(s, name)} is not one of {', '.join(known)}")
+    device = find_device(f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and torch.cuda.is_available() and s.device == "auto" else s.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.manual_seed(s.seed)
+
+    if "image_encoder" not in given and s.data == "shakespeare":
+        config.image_encoder = "none"
+    ckpt, s, model = start(s, config, given)
+    if s.batch_size % (world * s.grad_accum):
+        raise InputError(f"--batch_size={s.batch_size} is not a multiple of {world} process(es) x --grad_accum={s.grad_accum}")
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if rank == 0:
+        os.makedirs(s.out_dir, exist_ok=True)
+        paths, val_path = find_data(s.data, s.val_data)
+    if world > 1:  # the first process prepares, the others wait
+        dist.barrier()
+        paths, val_path = find_data(s.data, s.val_data)
+    records = [record for path in paths for record in read_records(path)]
+    val = read_records(val_path) if val_path else records[::20]
+    if not val_path:
+        records = [r for i, r in enumerate(records) if i % 20] or records
+    say(f"data: {len(records):,} records to learn from ({', '.join(map(os.path.relpath, paths))}), {len(val):,} held out")
+
+    model.to(device).train()
+    freeze(model, s.phase)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, s.weight_decay), betas=(s.beta1, s.beta2), eps=s.adam_eps, fused=device.type in ("cpu", "cuda")
+    )
+    first = 0
+    log_path, ckpt_path = os.path.join(s.out_dir, "log.jsonl"), os.path.join(s.out_dir, "ckpt.pt")
+    if ckpt:
+        first = ckpt["step"]
+        optimizer.load_state_dict(ckpt["optimizer"])
+        torch.set_rng_state(ckpt["rng"])
+        if first >= s.max_steps:
+            raise InputError(f"{ckpt_path} has already done {first} steps: ask for more with --max_steps")
+    if rank == 0:  # what was logged after the checkpoint will be done and logged again
+        kept = []
+        with contextlib.suppress(FileNotFoundError), open(log_path) as f:
+            kept = [line for line in f if ckpt and line.endswith("\n") and json.loads(line)["step"] <= first]
+        with open(log_path + ".partial", "w") as f:
+            f.writelines(kept)
+        os.replace(log_path + ".partial", log_path)
+    log = open(log_path, "a", buffering=1) if rank == 0 else None
+
+    millions = lambda part: sum(p.numel() for n, p in model.named_parameters() if part(n)) / 1e6
+    language = lambda n: not n.startswith(("encoder.", "adapter."))
+    bf16 = precision(s.dtype, device)
+    say(
+        f"model: {millions(language):.2f} M parameters of RWKV-7 ({model.config.n_layer} layers x {model.config.n_embd}), "
+        f"{millions(lambda n: not language(n)):.2f} M of encoders and adapters; {device}, {'bfloat16' if bf16 else 'float32'}"
+        + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
+        + (f", {world} processes" if world > 1 else "")
+    )
+    say(f"training: {s.max_steps - first} steps of {s.batch_size} samples into {s.out_dir}" + (f", from step {first} on" if first else ""))
+
+    def checkpoint(step):
+        if rank == 0:
+            save(ckpt_path, model, optimizer=optimizer.state_dict(), rng=torch.get_rng_state(), step=step, train=asdict(s))
+
+    @torch.no_grad()
+    def evaluate(step, n):
+        """Loss and score on the first n held-out records; logged, and returned for the report."""
+        model.eval()
+        samples = held_out_samples(model, val, s.ctx_len, n)
+        parts = [samples[i : i + s.batch_size] for i in range(0, len(samples), s.batch_size)]
+        losses = [model.loss(part).item() for part in parts]
+        counts = [sum(map(learned_tokens, part)) for part in parts]
+        asked = [r for r in val if "conversations" in r][:n]
+        answers = ask(model, asked)
+        model.train()
+        result = {"val_loss": sum(a * b for a, b in zip(losses, counts)) / sum(counts), **score(asked, answers)}
+        print(json.dumps({"step": step, **{k: v for k, v in result.items() if k != "tasks"}}), file=log)
+        return result, asked, answers
+
+    ddp = DistributedDataParallel(Loss(model), find_unused_parameters=True) if world > 1 else Loss(model)
+    batches, pool = Batches(records, s, model), ThreadPoolExecutor(1)
+    coming = pool.submit(batches, first, rank, world)
+    bar = tqdm(range(first, s.max_steps), initial=first, total=s.max_steps, disable=rank > 0, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30)
+    began, tokens, smooth = time.time(), 0, None
+    step = first
+    try:
+        for step in bar:
+            micro = coming.result()
+            if step + 1 < s.max_steps:
+                coming = pool.submit(batches, step + 1, rank, world)
+            total = torch.tensor([sum(learned_tokens(x) for batch in micro for x in batch)], dtype=torch.float64)
+            total = total.to(device if device.type == "cuda" else "cpu")
+            if world > 1:
+                dist.all_reduce(total)
+            loss_sum = torch.zeros((), device=device)
+            for i, samples in enumerate(micro):
+                quiet = world > 1 and i < len(micro) - 1  # gradients are exchanged with the last micro-batch
+                with ddp.no_sync() if quiet else contextlib.nullcontext(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    loss = ddp(samples, total.item())
+                (loss * world).backward()  # DDP averages over ranks, the loss is a sum over them
+                loss_sum += loss.detach()
+            if world > 1:
+                dist.all_reduce(loss_sum)
+            loss = loss_sum.item()
+            if not math.isfinite(loss):
+                raise InputError(f"the loss is {loss} at step {step}: try a lower --learning_rate; the checkpoint before it is kept")
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, s) * group["lr_scale"]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            if rank == 0:
+                seen = sum(model.length(x) for batch in micro for x in batch) * world
+                tokens, smooth = tokens + seen, loss if smooth is None else 0.95 * smooth + 0.05 * loss
+                bar.set_postfix_str(f"loss {smooth:.3f}, {tokens / (time.time() - began):,.0f} tokens/s", refresh=False)
+                entry = dict(step=step + 1, loss=loss, lr=learning_rate(step, s), grad_norm=norm.item(), tokens=seen, seconds=time.time() - began)
+                print(json.dumps(entry), file=log)
+                if (step + 1) % s.eval_interval == 0 and step + 1 < s.max_steps:
+                    result, _, _ = evaluate(step + 1, s.eval_samples)
+                    exact = f", {100 * result['exact']:.1f} % of {result['n']} answers exact" if result["n"] else ""
+                    say(f"step {step + 1}: held-out loss {result['val_loss']:.4f}{exact}")
+            if (step + 1) % s.save_interval == 0 or step + 1 == s.max_steps:
+                checkpoint(step + 1)
+    except KeyboardInterrupt:
+        bar.close()
+        say(f"stopped; go on with: python train.py --out_dir={s.out_dir} --resume")
+        sys.exit(130)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    bar.close()
+    if rank == 0:
+        say(f"trained in {time.time() - began:.0f} s; scoring {len(val):,} held-out records ...")
+        result, asked, answers = evaluate(s.max_steps, len(val))
+        draw_curve(log_path, os.path.join(s.out_dir, "loss.png"))
+        say(f"held-out loss {result['val_loss']:.4f}")
+        report(asked, answers)
+        ask_it = '--image=PICTURE.png --prompt="What number is this?"' if "image" in model.encoder else "--raw"
+        say(f"Next, ask it yourself:\n    python sample.py --out_dir={s.out_dir} {ask_it}")
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except InputError as e:
+        sys.exit(f"error: {e}")
