@@ -123,6 +123,7 @@ class WorldTokenizer:
 
     def __init__(self, path):
         self.end, self.vocab_size, self.bytes_of, self.trie = 0, 65536, {}, {}
+        n = 1
         try:
             with open(path, encoding="utf-8") as f:
                 for n, line in enumerate(f, 1):
@@ -138,7 +139,7 @@ class WorldTokenizer:
                     node[-1] = int(index)
         except OSError as e:
             raise InputError(f"cannot read the tokenizer's vocabulary {path}: {e.strerror}; --tokenizer is bytes, gpt2 or such a file") from e
-        except (ValueError, SyntaxError) as e:
+        except (ValueError, SyntaxError, TypeError, IndexError) as e:
             raise InputError(f"{path}, line {n}, is not a line of an RWKV World vocabulary: {e}") from e
 
     def encode(self, text):
@@ -222,7 +223,7 @@ def read_records(path):
 
 def record_media(record):
     """[(kind, path)] of a record, in the order of its marks; paths are relative to the record's file."""
-    paths = {kind: [record[kind]] if isinstance(record.get(kind), str) else record.get(kind) or [] for kind in MEDIA}
+    paths = {kind: [record[kind]] if isinstance(record.get(kind), str) else list(record.get(kind) or []) for kind in MEDIA}
     marks = MARK.findall("".join(question for question, _ in record_turns(record)))
     return [(mark[1:-1], os.path.join(record["_folder"], paths[mark[1:-1]].pop(0))) for mark in marks]
 
@@ -230,7 +231,11 @@ def record_media(record):
 def check_record(record):
     """Raises InputError, naming the record, unless it is {"text": ...} or a well-formed conversation."""
     turns, at = record.get("conversations"), record["_at"]
+    if not isinstance(record.get("level", 0), int):
+        raise InputError(f'{at}: "level" is not a whole number')
     if isinstance(record.get("text"), str) and turns is None:
+        if not record["text"]:
+            raise InputError(f'{at}: "text" is empty')
         return
     if not isinstance(turns, list) or not turns:
         raise InputError(f'{at}: no "conversations"')
@@ -247,7 +252,10 @@ def check_record(record):
         raise InputError(f"{at}: the last question has no answer")
     for kind in MEDIA:
         files = record.get(kind) or []
-        n = len([files] if isinstance(files, str) else files)
+        files = [files] if isinstance(files, str) else files
+        if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
+            raise InputError(f'{at}: "{kind}" is neither a path nor a list of paths')
+        n = len(files)
         if marks[kind] != n:
             raise InputError(f"{at}: {marks[kind]} <{kind}> in the questions, but {n} {kind} file(s)")
 
@@ -260,7 +268,7 @@ def conversation(config, turns, media, first=True):
     the turns continue a conversation whose state is kept.
     """
     encode, template = get_tokenizer(config.tokenizer).encode, TEMPLATES[config.template]
-    clean = lambda text: re.sub(r"\n\s*\n", "\n", text.strip()).replace("\x16", "").replace("\x17", "")
+    clean = lambda text: re.sub(r"\n\s*\n", "\n", re.sub("[\x16\x17]", "", text).strip())
     segments, text = [], template.before if first else ""
     for question, answer in turns:
         text += template.human.format(clean(question))
@@ -276,7 +284,8 @@ def conversation(config, turns, media, first=True):
 
 
 def record_turns(record):
-    turns = [turn["value"] for turn in record["conversations"]]
+    """[(question, answer)] of a record; none of a plain text."""
+    turns = [turn["value"] for turn in record.get("conversations") or ()]
     return list(zip(turns[::2], turns[1::2]))
 
 
@@ -315,14 +324,14 @@ def wkv7_chunked(r, w, k, v, a, b, state=None):
     so with a~_t = a_t e^{c_{t-1}}, r~_t = r_t e^{c_t}, b~_s = b_s e^{-c_s}, k~_s = k_s e^{-c_s}
         (I - tril(a~ b~^T, -1)) U = a~ S_0^T + tril(a~ k~^T, -1) V           a triangular system
         Y = r~ S_0^T + tril(r~ b~^T) U + tril(r~ k~^T) V.
-    e^{-c_s} must not overflow, so the chunk is the shorter, the faster the decay; below 8 steps the loop does it.
+    e^{-c_s} must not overflow, so the chunk is the shorter, the faster the decay; for w < -1 and few steps the loop does it.
     """
     B, T, H, N = r.shape
     dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
     fastest = -w.detach().min().item() if T >= 8 else math.inf
-    longest = min(96, int(min(60 / fastest, 96))) if fastest > 0 else 96
-    if longest < 8:
+    if fastest > 1:
         return wkv7_loop(r, w, k, v, a, b, state)
+    longest = int(min(96, 60 / max(fastest, 1e-9)))
     n = -(-T // longest)  # chunks, of L steps each
     L = -(-T // n)
 
@@ -366,7 +375,8 @@ def wkv7_chunked(r, w, k, v, a, b, state=None):
 
 def wkv7(r, w, k, v, a, b, state=None):
     """The RWKV-7 recurrence by the fastest way there is for these inputs; see wkv7_loop."""
-    return wkv7_chunked(r, w, k, v, a, b, state)
+    with torch.autocast(r.device.type, enabled=False):  # state and sums are float32, whatever the model runs in
+        return wkv7_chunked(r, w, k, v, a, b, state)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -501,19 +511,26 @@ class Block(nn.Module):
 
 
 class PatchEncoder(nn.Module):
-    """Patches of a picture through one linear layer, from scratch, as in ViT; the height is fixed, the width free."""
+    """Patches of a picture, from scratch: two small convolutions, which see strokes and edges wherever they are
+    (Xiao et al. 2021, arXiv:2106.14881), then one linear layer a patch, as in ViT. The height is fixed, the width free."""
 
     def __init__(self, config):
         super().__init__()
         self.size, self.trim = (config.image_height, config.patch_height, config.patch_width), config.image_trim
-        if config.image_height % config.patch_height:
-            raise InputError(f"image_height={config.image_height} is not a multiple of patch_height={config.patch_height}")
+        if config.image_height % config.patch_height or config.patch_height % 4 or config.patch_width % 4:
+            raise InputError(
+                f"image_height={config.image_height} has to be a multiple of patch_height={config.patch_height}, "
+                f"and that and patch_width={config.patch_width} multiples of 4"
+            )
         self.width = config.encoder_width
-        self.proj = nn.Linear(3 * config.patch_height * config.patch_width, self.width)
-        nn.init.kaiming_normal_(self.proj.weight)
-        nn.init.zeros_(self.proj.bias)
+        self.conv1, self.conv2 = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 32, 3, 2, 1)
+        patch = (config.patch_height // 4, config.patch_width // 4)
+        self.proj = nn.Conv2d(32, self.width, patch, patch)
+        for layer in (self.conv1, self.conv2, self.proj):
+            nn.init.kaiming_normal_(layer.weight)
+            nn.init.zeros_(layer.bias)
         self.row = nn.Parameter(torch.zeros(config.image_height // config.patch_height, self.width))
-        self.col = nn.Parameter(torch.zeros(config.image_height * 16 // config.patch_width, self.width))
+        self.col = nn.Parameter(torch.zeros(-(-config.image_height * 16 // config.patch_width), self.width))
 
     def load(self, path):
         """A picture file (or PIL image) as uint8 (3, image_height, width), the width a multiple of patch_width.
@@ -526,6 +543,8 @@ class PatchEncoder(nn.Module):
                 if image.mode in ("P", "LA", "RGBA", "PA"):  # what is transparent lies on white paper
                     image = image.convert("RGBA")
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+                if image.mode.startswith("I"):  # 16 bits a pixel
+                    image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
                 image = image.convert("RGB")
         except FileNotFoundError as e:
             raise InputError(f"no such picture: {path}") from e
@@ -550,12 +569,14 @@ class PatchEncoder(nn.Module):
 
     def forward(self, images):
         """[(3, h, w) uint8] -> [(patches, width)], patches row by row."""
-        _, p, q = self.size
-        grids = [(x.shape[1] // p, x.shape[2] // q) for x in images]
-        patches = [x.view(3, h, p, w, q).permute(1, 3, 0, 2, 4).reshape(h * w, -1) for x, (h, w) in zip(images, grids)]
-        place = [(self.row[:h, None] + self.col[None, :w]).flatten(0, 1) for h, w in grids]
-        x = 1 - torch.cat(patches).to(self.proj.weight.device).float() / 255  # white paper is 0, and adds nothing
-        return F.gelu(self.proj(x) + torch.cat(place)).split([h * w for h, w in grids])
+        device = self.proj.weight.device
+        widths = torch.tensor([x.shape[2] for x in images], device=device)
+        x = torch.stack([F.pad(x, (0, int(widths.max()) - x.shape[2]), value=255) for x in images]).to(device)
+        x = F.gelu(self.conv1(1 - x.to(self.conv1.weight.dtype) / 255))  # white paper is 0, as are the convolutions' margins
+        x = x * (torch.arange(x.shape[3], device=device) < widths[:, None] // 2)[:, None, None]  # no picture sees its neighbours' widths
+        x = F.gelu(self.conv2(x))
+        x = self.proj(x) + (self.row[:, None] + self.col[: x.shape[3] * 4 // self.size[2]]).permute(2, 0, 1)  # (B, width, rows, columns)
+        return [F.gelu(y[:, :, : n // self.size[2]]).flatten(1).T for y, n in zip(x, widths.tolist())]
 
 
 ENCODERS = {"patch": PatchEncoder}
@@ -610,6 +631,9 @@ class ModRWKV(nn.Module):
     def __init__(self, config, vocab_size=None, ranks=None, hidden=None):
         """vocab_size, ranks of the low-rank matrices and hidden width of the FFN: read off a checkpoint, else official."""
         super().__init__()
+        for name in ("n_layer", "n_embd", "head_size", "image_height", "patch_height", "patch_width", "encoder_width", "conv_stride", "adapter_scale"):
+            if getattr(config, name) < 1:
+                raise InputError(f"{name}={getattr(config, name)} is not at least 1")
         if config.n_embd % config.head_size:
             raise InputError(f"n_embd={config.n_embd} is not a multiple of head_size={config.head_size}")
         if config.template not in TEMPLATES:
@@ -645,7 +669,7 @@ class ModRWKV(nn.Module):
 
     def sample(self, record):
         """The segments of a record of read_records, to learn from; raises InputError naming the record."""
-        if "conversations" not in record:
+        if not record.get("conversations"):
             tokenizer = get_tokenizer(self.config.tokenizer)
             return [("answer", tokenizer.encode(record["text"]) + [tokenizer.end])]
         return self.segments(record_turns(record), record_media(record), at=record["_at"])
@@ -672,7 +696,7 @@ class ModRWKV(nn.Module):
         -100 where none; lengths (B,).
         """
         device = self.emb.weight.device
-        ids = torch.tensor([i for sample in samples for kind, data in sample if kind in ("text", "answer") for i in data])
+        ids = torch.tensor([i for sample in samples for kind, data in sample if kind in ("text", "answer") for i in data], dtype=torch.long)
         if len(ids) and not 0 <= ids.min() <= ids.max() < self.emb.num_embeddings:
             raise InputError(f"token {ids.max()} is beyond the model's vocabulary of {self.emb.num_embeddings}")
         vectors = {"text": iter(self.emb(ids.to(device)).split([len(d) for s in samples for k, d in s if k in ("text", "answer")]))}
@@ -769,7 +793,7 @@ def pick(logits, temperature, top_k, top_p, generator):
         return logits.argmax()
     p, index = torch.softmax(logits / temperature, -1).sort(descending=True)
     p = p[: top_k or None]
-    p = p * (p.cumsum(0) - p < top_p)  # the likeliest always stays
+    p[1:] = p[1:] * ((p.cumsum(0) - p)[1:] < top_p)  # the likeliest always stays
     return index[torch.multinomial(p, 1, generator=generator)[0]]
 
 
@@ -842,6 +866,8 @@ def build(data, path, **changes):
     for name in ("emb.weight", "blocks.0.att.r_k", "blocks.0.att.w1", "blocks.0.ffn.key.weight"):
         if name not in weights:
             raise InputError(f"{path} is not an RWKV-7 checkpoint: it has no {name}")
+        if not torch.is_tensor(weights[name]) or weights[name].dim() != 2:
+            raise InputError(f"{path} is not an RWKV-7 checkpoint: {name} is not a matrix")
     config = {k: v for k, v in data["config"].items() if k in Config.__dataclass_fields__} | changes
     V, config["n_embd"] = weights["emb.weight"].shape
     config["n_layer"] = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
@@ -852,9 +878,10 @@ def build(data, path, **changes):
     own, new = model.state_dict(), ()
     if not any(name.startswith("encoder.") for name in weights):  # a language model may be given eyes
         new = tuple(name for name in own if name.startswith(("encoder.", "adapter.")))
+    squeezed = lambda x: [n for n in x.shape if n > 1]  # (1, 1, C) and (C,) are the same
     wrong = [f"{name} is missing" for name in own if name not in weights and name not in new]
     wrong += [f"{name} is not expected" for name in weights if name not in own]
-    wrong += [f"{n} has shape {tuple(x.shape)}, not {tuple(own[n].shape)}" for n, x in weights.items() if n in own and x.numel() != own[n].numel()]
+    wrong += [f"{n} has shape {tuple(x.shape)}, not {tuple(own[n].shape)}" for n, x in weights.items() if n in own and squeezed(x) != squeezed(own[n])]
     if wrong:
         raise InputError(f"{path} does not fit: " + "; ".join(wrong[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""))
     model.load_state_dict({name: x.view(own[name].shape) for name, x in weights.items()}, strict=not new)

@@ -93,10 +93,13 @@ def report(records, answers, examples=6):
 
 def stream(model, sample, state, how):
     """Prints an answer as it comes; returns the state after it."""
-    pieces = model.generate([sample], state, **how)
+    pieces, begun = model.generate([sample], state, **how), "end" in how
     while True:
         try:
-            print(next(pieces)[0], end="", flush=True)
+            piece = next(pieces)[0]
+            piece = piece if begun else piece.lstrip()  # the template's space before an answer
+            begun = begun or bool(piece)
+            print(piece, end="", flush=True)
         except StopIteration as stop:
             print()
             return stop.value
@@ -104,6 +107,10 @@ def stream(model, sample, state, how):
 
 def main(argv=None):
     s, given = flags(__doc__, Sample, argv=argv)
+    if s.raw and (s.image or s.chat or s.eval) or s.chat and s.eval or s.eval and (s.prompt or s.image):
+        raise InputError("--raw, --chat and --eval=FILE exclude each other; --raw takes no picture, and --eval neither picture nor prompt")
+    if s.batch_size < 1:
+        raise InputError(f"--batch_size={s.batch_size} is not at least 1")
     path = os.path.join(s.out_dir, "ckpt.pt") if os.path.isdir(s.out_dir) else s.out_dir
     if not os.path.exists(path):
         raise InputError(f"no checkpoint at {path}: train one with python train.py --out_dir={s.out_dir}, or name another with --out_dir")
@@ -112,7 +119,7 @@ def main(argv=None):
 
     if s.eval:
         records = read_records(s.eval)
-        asked = [r for r in records if "conversations" in r]
+        asked = [r for r in records if r.get("conversations")]
         if not asked:
             raise InputError(f"{s.eval} holds no conversations to answer")
         answers = ask(model, asked, s.batch_size, **how)
@@ -141,14 +148,17 @@ def main(argv=None):
             break
         media += [("image", path) for path in re.findall(r"<([^<>]+\.\w+)>", prompt)]
         prompt = re.sub(r"<[^<>]+\.\w+>", "<image>", prompt)
-        state = stream(model, model.question(prompt, media, state is None), state, how)
+        try:
+            state = stream(model, model.question(prompt, media, state is None), state, how)
+        except InputError as e:
+            print(f"error: {e}", file=sys.stderr)
         media, prompt = [], ""
 
 
 if __name__ == "__main__":
     try:
         main()
-    except InputError as e:
+    except (InputError, OSError) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -96,9 +96,7 @@ SMALL = Config(n_layer=2, n_embd=64, head_size=32, patch_width=8, encoder_width=
 @pytest.fixture(scope="session")
 def model():
     """A small random model in float64, so that what must be equal is equal to 1e-6 or better (the decay is float32)."""
-    model = randomise(ModRWKV(SMALL)).double()
-    model.encoder["image"].proj.register_forward_pre_hook(lambda _, x: x[0].double())
-    return model
+    return randomise(ModRWKV(SMALL)).double()
 
 
 MARKS = {257: b"\n\n", 258: b"User:", 259: b"Assistant:"}  # of the tokenizer "bytes"
@@ -530,7 +528,8 @@ def test_optimizer_groups():
     found = [[names[id(p)] for p in group["params"]] for group in groups]
     layers = ["att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value"]
     decayed = {"emb.weight", "head.weight"} | {f"blocks.{i}.{s}.weight" for i in (0, 1) for s in layers}
-    decayed |= {"encoder.image.proj.weight", "adapter.image.conv.weight", "adapter.image.mlp.0.weight", "adapter.image.mlp.2.weight"}
+    decayed |= {f"encoder.image.{name}.weight" for name in ("conv1", "conv2", "proj")}
+    decayed |= {"adapter.image.conv.weight", "adapter.image.mlp.0.weight", "adapter.image.mlp.2.weight"}
     assert set(found[0]) == decayed
     assert set(found[1]) == {"blocks.0.att.w0", "blocks.1.att.w0"}
     assert sorted(sum(found, [])) == sorted(names.values())  # none lost, none twice
@@ -659,7 +658,7 @@ def test_what_is_transparent_lies_on_white(tmp_path, encoder):
 
 
 @pytest.mark.parametrize("trim", [True, False])
-@pytest.mark.parametrize("patch_width", [1, 4, 6, 7, 32])
+@pytest.mark.parametrize("patch_width", [4, 8, 12, 32])
 @pytest.mark.parametrize("size", [(1, 1), (5000, 3), (3, 5000), (700, 1), (1, 700), (513, 32), (32, 32), (33, 31)])
 def test_every_size_becomes_patches(tmp_path, size, patch_width, trim):
     config = Config(encoder_width=64, patch_width=patch_width, image_trim=trim)
@@ -697,16 +696,19 @@ def test_scaling_is_bilinear_and_keeps_the_aspect(tmp_path, encoder):
 
 @torch.no_grad()
 def test_patches_are_cut_row_by_row():
-    config = Config(encoder_width=8, image_height=24, patch_height=12, patch_width=5)
+    config = Config(encoder_width=8, image_height=24, patch_height=12, patch_width=8)
     encoder = randomise(PatchEncoder(config)).double()
-    images = [torch.from_numpy(np.random.RandomState(w).randint(0, 256, (3, 24, w), np.uint8)) for w in (15, 5)]
-    for image, got in zip(images, [y.double() for y in encoder.float()(images)]):
+    images = [torch.from_numpy(np.random.RandomState(w).randint(0, 256, (3, 24, w), np.uint8)) for w in (24, 8, 16)]
+    gelu = lambda x: x * (1 + torch.erf(x / 2**0.5)) / 2
+    for image, got in zip(images, encoder(images)):
+        x = (1 - image.double() / 255)[None]
+        for conv in (encoder.conv1, encoder.conv2):  # each picture by itself: 4 pixels become 1
+            x = gelu(F.conv2d(x, conv.weight, conv.bias, stride=2, padding=1))
         want = []
         for row in range(2):
-            for col in range(image.shape[2] // 5):
-                patch = image[:, 12 * row : 12 * row + 12, 5 * col : 5 * col + 5].double()
-                x = encoder.proj.weight.double() @ (1 - patch / 255).flatten() + encoder.proj.bias + encoder.row[row] + encoder.col[col]
-                want.append(x * (1 + torch.erf(x / 2**0.5)) / 2)  # GELU
+            for col in range(image.shape[2] // 8):
+                patch = x[0, :, 3 * row : 3 * row + 3, 2 * col : 2 * col + 2]
+                want.append(gelu(encoder.proj.weight.flatten(1) @ patch.flatten() + encoder.proj.bias + encoder.row[row] + encoder.col[col]))
         assert len(want) == encoder.length(image)
         assert distance(got, torch.stack(want)) < 1e-5
 
@@ -1052,7 +1054,7 @@ def test_greedy_is_the_argmax_of_full_passes(model, picked):
     for token in picked:
         assert token == model([segments + [("text", so_far)]] if so_far else [segments])[0][0, -1].argmax()
         so_far.append(token.item())
-    assert len(set(so_far)) > 3
+    assert len(set(so_far)) > 2
 
 
 SAMPLING = [{}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 20}, {"temperature": 1.5, "top_p": 0.8}, {"temperature": 2.0, "top_k": 50, "top_p": 0.9}]
@@ -1752,9 +1754,11 @@ def test_a_second_run_does_not_touch_the_first(trained, counting, capsys, monkey
     assert contents(trained[0]) == before
 
 
-def test_the_same_seed_gives_the_same_run(trained, counting, tmp_path):
-    flags = ("--max_steps=100", "--learning_rate=4e-3", "--warmup_steps=10", f"--data={counting / 'a.jsonl'}", f"--val_data={counting / 'a.jsonl'}")
-    assert not same(start(tmp_path / "other", *flags, "--seed=2"), start(tmp_path / "one", *flags))
+def test_the_same_seed_gives_the_same_run(counting, tmp_path):
+    flags = (f"--data={counting / 'a.jsonl'}", f"--val_data={counting / 'a.jsonl'}")
+    one, again = (start(tmp_path / name, *flags, "--seed=1") for name in ("one", "again"))
+    assert same(one, again)
+    assert not same(one, start(tmp_path / "other", *flags, "--seed=2"))
 
 
 def start(out, *flags):

@@ -20,7 +20,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read when torch is imported: spinning threads are slow on a busy machine
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch is imported: a busy machine needs OpenMP to wait politely
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,22 @@ from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from modrwkv import Config, InputError, ModRWKV, build, find_device, flags, freeze, parameter_groups, read_checkpoint, read_records, record_media, save, setting
+from modrwkv import (
+    Config,
+    InputError,
+    ModRWKV,
+    build,
+    find_device,
+    flags,
+    freeze,
+    parameter_groups,
+    read_checkpoint,
+    read_records,
+    record_media,
+    record_turns,
+    save,
+    setting,
+)
 from sample import ask, report, score
 
 
@@ -42,7 +57,7 @@ class Train:
     init_from: str = setting("", "a checkpoint whose weights to start from, ours or an official RWKV-7 .pth")
     resume: bool = setting(False, "go on from out_dir/ckpt.pt, with the settings it was made with")
     phase: str = setting("all", "adapter: language model and pretrained encoders frozen; all: pretrained encoders frozen")
-    max_steps: int = setting(600, "optimizer steps")
+    max_steps: int = setting(1280, "optimizer steps")
     batch_size: int = setting(64, "samples per step, over all processes")
     grad_accum: int = setting(1, "micro-batches per step and process")
     ctx_len: int = setting(256, "a longer text is read in windows of so many tokens; conversations are read whole")
@@ -51,15 +66,15 @@ class Train:
     lr_final: float = setting(0.0, "learning rate after the last step")
     schedule: str = setting("wsd", "wsd: warm-up, stable, linear decay; cosine: warm-up, half a cosine; constant")
     warmup_steps: int = setting(50, "steps from zero to the peak learning rate")
-    decay_fraction: float = setting(0.4, "part of the steps in which wsd decays")
+    decay_fraction: float = setting(0.5, "part of the steps in which wsd decays")
     weight_decay: float = setting(0.1, "on matrices only")
     beta1: float = setting(0.9, "AdamW's first decay rate")
     beta2: float = setting(0.99, "AdamW's second decay rate")
     adam_eps: float = setting(1e-18, "AdamW's epsilon")
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0 for no limit")
-    eval_interval: int = setting(200, "steps between scores on held-out records")
+    eval_interval: int = setting(250, "steps between scores on held-out records")
     eval_samples: int = setting(200, "held-out records for these scores; the last one uses all")
-    save_interval: int = setting(100, "steps between checkpoints")
+    save_interval: int = setting(250, "steps between checkpoints")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = setting("auto", "float32, or bfloat16 under autocast; auto takes bfloat16 where the hardware has it")
     seed: int = setting(1, "of the initial weights and the order of the data")
@@ -70,12 +85,14 @@ class Train:
 
 def find_data(names, val):
     """Paths of training and held-out files; an embedded data set that is not there yet is prepared."""
-    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", names)
-    if "," in names or os.path.isfile(names) or not os.path.isdir(folder):
-        if os.path.splitext(names)[1] not in (".json", ".jsonl"):
-            known = sorted(d for d in os.listdir(os.path.dirname(folder)) if os.path.isdir(os.path.join(folder, "..", d)))
-            raise InputError(f"--data={names} is neither a .json or .jsonl file nor one of {', '.join(known)}")
+    here = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data")
+    known = sorted(d for d in os.listdir(here) if os.path.exists(os.path.join(here, d, "prepare.py")))
+    if names not in known:
+        for name in names.split(","):
+            if os.path.splitext(name)[1] not in (".json", ".jsonl"):
+                raise InputError(f"--data={name} is neither a .json or .jsonl file nor one of {', '.join(known)}")
         return names.split(","), val
+    folder = os.path.join(here, names)
     paths = [os.path.join(folder, f"{part}.jsonl") for part in ("train", "val")]
     if not all(map(os.path.exists, paths)):
         say(f"preparing data/{names} ...")
@@ -125,7 +142,7 @@ class Batches:
         return [[self.sample(*p) for p in batch[i * size : (i + 1) * size]] for i in range(rank, pieces, world)]
 
     def sample(self, place, i):
-        if "conversations" in self.records[i]:
+        if self.records[i].get("conversations"):
             return self.model.sample(self.records[i])
         [(kind, ids)] = self.encoded(i)
         start = random.Random(f"{self.settings.seed} {place}").randrange(max(1, len(ids) - self.settings.ctx_len))
@@ -134,9 +151,9 @@ class Batches:
 
 def rough_length(record):
     """About how long a record is as a sequence: characters, and the shape of its pictures from their headers alone."""
-    n = len(record.get("text") or "") + sum(len(turn["value"]) + 12 for turn in record.get("conversations", ()))
+    n = len(record.get("text") or "") + sum(len(question) + len(answer) + 4 for question, answer in record_turns(record))
     for _, path in record_media(record):
-        with contextlib.suppress(OSError), Image.open(path) as image:  # reading it whole will say what is wrong
+        with contextlib.suppress(Exception), Image.open(path) as image:  # reading it whole will say what is wrong
             n += 8 * image.width / image.height
     return n
 
@@ -147,7 +164,7 @@ def held_out_samples(model, records, ctx_len, n):
     def samples():
         for record in records:
             sample = model.sample(record)
-            if "conversations" in record:
+            if record.get("conversations"):
                 yield sample
             else:
                 ids = sample[0][1]
@@ -233,7 +250,11 @@ def start(s, config, given):
     if os.path.exists(ckpt_path):
         raise InputError(f"{ckpt_path} exists: go on training it with --resume, or choose another --out_dir")
     if s.init_from:
-        return None, s, build(read_checkpoint(s.init_from), s.init_from, **{k: getattr(config, k) for k in given & names})
+        model = build(read_checkpoint(s.init_from), s.init_from, **{k: getattr(config, k) for k in given & names})
+        wrong = [k for k in given & names if getattr(model.config, k) != getattr(config, k)]
+        if wrong:
+            raise InputError(f"{s.init_from} has {wrong[0]}={getattr(model.config, wrong[0])}, not {getattr(config, wrong[0])}")
+        return None, s, model
     return None, s, ModRWKV(config)
 
 
@@ -243,7 +264,10 @@ def main(argv=None):
     for name, known in (("phase", ("adapter", "all")), ("schedule", ("wsd", "cosine", "constant"))):
         if getattr(s, name) not in known:
             raise InputError(f"--{name}={getattr(s, name)} is not one of {', '.join(known)}")
-    device = find_device(f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and torch.cuda.is_available() and s.device == "auto" else s.device)
+    for name in ("max_steps", "batch_size", "grad_accum", "ctx_len", "eval_interval", "eval_samples", "save_interval"):
+        if getattr(s, name) < 1:
+            raise InputError(f"--{name}={getattr(s, name)} is not at least 1")
+    device = find_device(f"cuda:{os.environ['LOCAL_RANK']}" if world > 1 and torch.cuda.is_available() and s.device in ("auto", "cuda") else s.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.manual_seed(s.seed)
@@ -256,7 +280,10 @@ def main(argv=None):
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if rank == 0:
-        os.makedirs(s.out_dir, exist_ok=True)
+        try:
+            os.makedirs(s.out_dir, exist_ok=True)
+        except OSError as e:
+            raise InputError(f"--out_dir={s.out_dir} cannot be made: {e.strerror}") from e
         paths, val_path = find_data(s.data, s.val_data)
     if world > 1:  # the first process prepares, the others wait
         dist.barrier()
@@ -289,6 +316,12 @@ def main(argv=None):
         os.replace(log_path + ".partial", log_path)
     log = open(log_path, "a", buffering=1) if rank == 0 else None
 
+    def note(**entry):
+        try:
+            print(json.dumps(entry), file=log)
+        except OSError as e:
+            raise InputError(f"could not write {log_path}: {e.strerror}; the checkpoint of before is still there") from e
+
     millions = lambda part: sum(p.numel() for n, p in model.named_parameters() if part(n)) / 1e6
     language = lambda n: not n.startswith(("encoder.", "adapter."))
     bf16 = precision(s.dtype, device)
@@ -312,11 +345,11 @@ def main(argv=None):
         parts = [samples[i : i + s.batch_size] for i in range(0, len(samples), s.batch_size)]
         losses = [model.loss(part).item() for part in parts]
         counts = [sum(map(learned_tokens, part)) for part in parts]
-        asked = [r for r in val if "conversations" in r][:n]
+        asked = [r for r in val if r.get("conversations")][:n]
         answers = ask(model, asked)
         model.train()
         result = {"val_loss": sum(a * b for a, b in zip(losses, counts)) / sum(counts), **score(asked, answers)}
-        print(json.dumps({"step": step, **{k: v for k, v in result.items() if k != "tasks"}}), file=log)
+        note(step=step, **{k: v for k, v in result.items() if k != "tasks"})
         return result, asked, answers
 
     ddp = DistributedDataParallel(Loss(model), find_unused_parameters=True) if world > 1 else Loss(model)
@@ -330,15 +363,15 @@ def main(argv=None):
             micro = coming.result()
             if step + 1 < s.max_steps:
                 coming = pool.submit(batches, step + 1, rank, world)
-            total = torch.tensor([sum(learned_tokens(x) for batch in micro for x in batch)], dtype=torch.float64)
-            total = total.to(device if device.type == "cuda" else "cpu")
+            counts = torch.tensor([[learned_tokens(x), model.length(x)] for batch in micro for x in batch], device=device).sum(0)
             if world > 1:
-                dist.all_reduce(total)
+                dist.all_reduce(counts)
+            learned, seen = counts.tolist()
             loss_sum = torch.zeros((), device=device)
             for i, samples in enumerate(micro):
                 quiet = world > 1 and i < len(micro) - 1  # gradients are exchanged with the last micro-batch
                 with ddp.no_sync() if quiet else contextlib.nullcontext(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    loss = ddp(samples, total.item())
+                    loss = ddp(samples, learned)
                 (loss * world).backward()  # DDP averages over ranks, the loss is a sum over them
                 loss_sum += loss.detach()
             if world > 1:
@@ -353,11 +386,9 @@ def main(argv=None):
             optimizer.zero_grad(set_to_none=True)
 
             if rank == 0:
-                seen = sum(model.length(x) for batch in micro for x in batch) * world
                 tokens, smooth = tokens + seen, loss if smooth is None else 0.95 * smooth + 0.05 * loss
                 bar.set_postfix_str(f"loss {smooth:.3f}, {tokens / (time.time() - began):,.0f} tokens/s", refresh=False)
-                entry = dict(step=step + 1, loss=loss, lr=learning_rate(step, s), grad_norm=norm.item(), tokens=seen, seconds=time.time() - began)
-                print(json.dumps(entry), file=log)
+                note(step=step + 1, loss=loss, lr=learning_rate(step, s), grad_norm=norm.item(), tokens=seen, seconds=time.time() - began)
                 if (step + 1) % s.eval_interval == 0 and step + 1 < s.max_steps:
                     result, _, _ = evaluate(step + 1, s.eval_samples)
                     exact = f", {100 * result['exact']:.1f} % of {result['n']} answers exact" if result["n"] else ""
@@ -366,7 +397,8 @@ def main(argv=None):
                 checkpoint(step + 1)
     except KeyboardInterrupt:
         bar.close()
-        say(f"stopped; go on with: python train.py --out_dir={s.out_dir} --resume")
+        again = f"go on with: python train.py --out_dir={s.out_dir} --resume" if os.path.exists(ckpt_path) else "before the first checkpoint"
+        say(f"stopped; {again}")
         sys.exit(130)
     finally:
         pool.shutdown(cancel_futures=True)
@@ -387,5 +419,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except InputError as e:
+    except (InputError, OSError) as e:
         sys.exit(f"error: {e}")

@@ -7,10 +7,10 @@ which the writers came: the last 20 % are used in val only, so the writers of va
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
-import shutil
 
 from PIL import Image, ImageChops
 from sklearn.datasets import load_digits
@@ -61,14 +61,15 @@ def draw(scans, rng, augment):
 
 def write(out, name, scans, labels, n, rng, augment):
     folder = os.path.join(out, name)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.makedirs(folder)
+    os.makedirs(folder, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):  # it is whole or not there: its pictures are about to change
+        os.remove(os.path.join(out, f"{name}.jsonl"))
     with open(os.path.join(out, f"{name}.jsonl.partial"), "w") as f:
         for i in range(n):
             chosen = [rng.randrange(len(scans)) for _ in range(rng.randint(1, 5))]
             digits = "".join(str(labels[j]) for j in chosen)
             draw([scans[j] for j in chosen], rng, augment).save(os.path.join(folder, f"{i}.png"), compress_level=1)
-            tasks = rng.choices(list(QUESTIONS), (4, 1, 3, 2))
+            tasks = rng.choices(list(QUESTIONS), (3, 1, 4, 2))
             if augment and i % 16 == 0:  # a conversation now and then, so that a model can hold one
                 tasks = rng.sample(list(QUESTIONS), 2)
             level = len(digits) + 3 * (tasks != ["read"])  # reading comes first, of short numbers first
@@ -92,5 +93,5 @@ if __name__ == "__main__":
     data = load_digits()
     cut = len(data.images) * 4 // 5
     write(args.out, "train", data.images[:cut], data.target[:cut], args.pictures, random.Random(args.seed), True)
-    write(args.out, "val", data.images[cut:], data.target[cut:], args.pictures // 10, random.Random(args.seed + 1), False)
-    print(f"{args.pictures} pictures for training, {args.pictures // 10} of other writers for validation")
+    write(args.out, "val", data.images[cut:], data.target[cut:], max(1, args.pictures // 10), random.Random(args.seed + 1), False)
+    print(f"{args.pictures} pictures for training, {max(1, args.pictures // 10)} of other writers for validation")

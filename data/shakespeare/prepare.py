@@ -26,10 +26,11 @@ if __name__ == "__main__":
             os.replace(args.path + ".partial", args.path)
         with open(args.path, encoding="utf-8") as f:
             text = f.read()
-    except OSError as e:
+    except (OSError, UnicodeDecodeError) as e:
         sys.exit(f"error: {args.path} could not be had ({e}): give a local copy, python data/shakespeare/prepare.py PATH")
     if len(text) < 10:
         sys.exit(f"error: {args.path} holds no text")
+    os.makedirs(args.out, exist_ok=True)
     cut = len(text) * 9 // 10
     for name, part in (("train", text[:cut]), ("val", text[cut:])):
         with open(os.path.join(args.out, f"{name}.jsonl"), "w", encoding="utf-8") as f:
