@@ -20,7 +20,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch is imported: a busy machine needs OpenMP to wait politely
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is imported: a busy machine needs OpenMP to wait politely
 
 import torch
 import torch.distributed as dist
