@@ -1902,7 +1902,7 @@ def test_learning_rate(flags, expected):
 
 def test_the_learning_rate_of_a_run(whole):
     peak, final = 2e-3, 1e-4
-    expected = [peak * n / 5 for n in range(1, 6)] + [peak] * 13 + [final + (peak - final) * (1 - n / 12) for n in range(1, 13)]
+    expected = [peak * n / 5 for n in range(1, 6)] + [peak] * 10 + [final + (peak - final) * (1 - n / 15) for n in range(1, 16)]
     assert [x["lr"] for x in steps(whole)] == pytest.approx(expected, rel=1e-9)
     groups = read_checkpoint(whole / "ckpt.pt")["optimizer"]["param_groups"]  # what the optimizer's last step was made with
     assert sorted(group["lr"] for group in groups) == pytest.approx([final, final, 2 * final], rel=1e-9)
