@@ -35,13 +35,19 @@ import argparse
 import ast
 import codecs
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import functools
+import hashlib
 import json
 import math
 import os
+import platform
 import re
+import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -373,8 +379,119 @@ def wkv7_chunked(r, w, k, v, a, b, state=None):
     return unchunk(Q @ torch.stack(starts, 2).mT + Y), S
 
 
+KERNEL_STEPS = {"cpu": 32}  # per kind of device, the steps between the states that kernel.cu keeps for its backward pass
+
+
+@functools.cache
+def kernel(kind):
+    """kernel.cu, compiled for a kind of device and opened with ctypes; None, after one line that says why, where it cannot be."""
+    if kind not in KERNEL_STEPS:
+        return None
+    try:
+        library = ctypes.CDLL(compile_for_cpu(os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernel.cu")))
+    except (OSError, InputError) as e:
+        print(f"the recurrence runs in PyTorch's own operations, which is several times slower: {e}", file=sys.stderr, flush=True)
+        return None
+    for function, pointers in ((library.wkv7_forward, 11), (library.wkv7_backward, 17)):
+        function.argtypes = [ctypes.c_int64] * 4 + [ctypes.c_int] + [ctypes.c_void_p] * pointers
+    return library
+
+
+def compile_for_cpu(source):
+    """The path of a shared library with this machine's own instructions, compiled once for each text of kernel.cu."""
+    compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))), None)
+    if not compiler:
+        raise InputError("there is no C++ compiler; install g++ or clang++")
+    cpu = platform.machine()
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as f:
+        cpu += next((line for line in f if line.startswith(("flags", "Features"))), "")
+    with open(source, "rb") as f:
+        key = hashlib.sha256(f.read() + f"{compiler} {cpu}".encode()).hexdigest()[:16]
+    folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "modrwkv")
+    path = os.path.join(folder, f"wkv7_{key}.so")
+    if os.path.exists(path):
+        return path
+    os.makedirs(folder, exist_ok=True)
+    print("compiling kernel.cu for this CPU, once ...", file=sys.stderr, flush=True)
+    partial = f"{path}.{os.getpid()}"  # another process may be at it, too
+    for own in (["-march=native", "-fopenmp"], ["-march=native"], []):  # Apple's clang has no OpenMP
+        done = subprocess.run([compiler, "-O3", "-std=c++17", *own, "-shared", "-fPIC", "-x", "c++", source, "-o", partial], capture_output=True, text=True)
+        if done.returncode == 0:
+            os.replace(partial, path)
+            return path
+    errors = [line for line in done.stderr.splitlines() if "error" in line] or [f"exit status {done.returncode}"]
+    raise InputError(f"{compiler} cannot compile kernel.cu: {errors[0]}")
+
+
+@torch.compiler.assume_constant_result
+def has_kernel(kind):
+    return kernel(kind) is not None
+
+
+def call_kernel(name, tensors):
+    """One of the two functions of kernel.cu on these tensors; None is a null pointer. The first is r."""
+    B, T, H, N = tensors[0].shape
+    getattr(kernel(tensors[0].device.type), name)(B, T, H, N, 0, *(None if x is None else x.data_ptr() for x in tensors), None)
+
+
+def kernel_outputs(r, state, keep):
+    B, T, H, N = r.shape
+    steps = KERNEL_STEPS[r.device.type]
+    kept = r.new_empty((B, H, -(-T // steps), N + steps, N) if keep else 0, dtype=torch.float32)
+    return torch.empty_like(r), r.new_empty(B, H, N, N, dtype=torch.float32), kept
+
+
+def kernel_gradients(r, *_):
+    B, T, H, N = r.shape
+    w = torch.empty_like(r, dtype=torch.float32)
+    return torch.empty_like(r), w, *(torch.empty_like(r) for _ in range(4)), r.new_empty(B, H, N, N, dtype=torch.float32)
+
+
+SIX = "Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b"
+
+
+@torch.library.custom_op("modrwkv::wkv7", mutates_args=(), schema=f"({SIX}, Tensor? state, bool keep) -> (Tensor, Tensor, Tensor)")
+def wkv7_kernel(r, w, k, v, a, b, state, keep):
+    """y, the last state and what the backward pass needs (if keep), from contiguous tensors."""
+    y, last, kept = kernel_outputs(r, state, keep)
+    call_kernel("wkv7_forward", (r, w, k, v, a, b, state, y, last, kept if keep else None))
+    return y, last, kept
+
+
+@torch.library.custom_op("modrwkv::wkv7_backward", mutates_args=(), schema=f"({SIX}, Tensor kept, Tensor dy, Tensor? dlast) -> ({', '.join(['Tensor'] * 7)})")
+def wkv7_kernel_backward(r, w, k, v, a, b, kept, dy, dlast):
+    gradients = kernel_gradients(r)
+    call_kernel("wkv7_backward", (r, w, k, v, a, b, kept, dy, dlast, *gradients))
+    return gradients
+
+
+def wkv7_setup(ctx, inputs, output):
+    *six, state, _ = inputs
+    ctx.save_for_backward(*six, output[2])
+    ctx.has_state = state is not None
+    ctx.set_materialize_grads(False)
+
+
+def wkv7_gradients(ctx, dy, dlast, _):
+    r = ctx.saved_tensors[0]
+    dy = torch.zeros_like(r) if dy is None else dy.contiguous()
+    *six, dstate = wkv7_kernel_backward(*ctx.saved_tensors, dy, None if dlast is None else dlast.contiguous())
+    return *six, dstate if ctx.has_state else None, None
+
+
+wkv7_kernel.register_fake(lambda *args: kernel_outputs(args[0], *args[6:]))
+wkv7_kernel_backward.register_fake(kernel_gradients)
+wkv7_kernel.register_autograd(wkv7_gradients, setup_context=wkv7_setup)
+
+
 def wkv7(r, w, k, v, a, b, state=None):
-    """The RWKV-7 recurrence by the fastest way there is for these inputs; see wkv7_loop."""
+    """The RWKV-7 recurrence by the fastest way there is for these inputs: kernel.cu, or PyTorch's operations. See wkv7_loop."""
+    if r.dtype != torch.float64 and r.shape[-1] in (16, 32, 64, 128) and has_kernel(r.device.type):
+        six = [x.float().contiguous() for x in (r, w, k, v, a, b)]
+        state = None if state is None else state.float().contiguous()
+        keep = torch.is_grad_enabled() and any(x.requires_grad for x in (*six, state) if x is not None)
+        y, state, _ = wkv7_kernel(*six, state, keep)
+        return y.to(r.dtype), state
     with torch.autocast(r.device.type, enabled=False):  # state and sums are float32, whatever the model runs in
         return wkv7_chunked(r, w, k, v, a, b, state)
 
