@@ -55,7 +55,7 @@ import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageChops
 from torch.nn.utils.rnn import pad_sequence
 
 
@@ -671,9 +671,8 @@ class PatchEncoder(nn.Module):
         edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
         paper = tuple(int(c) for c in np.median(edge, 0))
         if self.trim:
-            ink = (np.abs(pixels.astype(np.int16) - np.array(paper, np.int16)).max(-1) > 64).nonzero()
-            if len(ink[0]):
-                image = image.crop((ink[1].min(), ink[0].min(), ink[1].max() + 1, ink[0].max() + 1))
+            contrast = ImageChops.difference(image, Image.new("RGB", image.size, paper)).point(lambda c: c > 64 and 255)
+            image = image.crop(contrast.getbbox())  # all of it where nothing stands out
         height, _, patch = self.size
         scale = min(height / image.height, 16 * height / image.width)
         inner = max(1, round(image.width * scale)), max(1, round(image.height * scale))
@@ -692,8 +691,9 @@ class PatchEncoder(nn.Module):
         x = F.gelu(self.conv1(1 - x.to(self.conv1.weight.dtype) / 255))  # white paper is 0, as are the convolutions' margins
         x = x * (torch.arange(x.shape[3], device=device) < widths[:, None] // 2)[:, None, None]  # no picture sees its neighbours' widths
         x = F.gelu(self.conv2(x))
-        x = self.proj(x) + (self.row[:, None] + self.col[: x.shape[3] * 4 // self.size[2]]).permute(2, 0, 1)  # (B, width, rows, columns)
-        return [F.gelu(y[:, :, : n // self.size[2]]).flatten(1).T for y, n in zip(x, widths.tolist())]
+        x = self.proj(x) + (self.row[:, None] + self.col[: x.shape[3] * 4 // self.size[2]]).permute(2, 0, 1)
+        x = F.gelu(x.permute(0, 2, 3, 1))  # (B, rows, columns, width)
+        return [y[:, : n // self.size[2]].flatten(0, 1) for y, n in zip(x, widths.tolist())]
 
 
 ENCODERS = {"patch": PatchEncoder}
@@ -701,6 +701,12 @@ ENCODERS = {"patch": PatchEncoder}
 
 # ----------------------------------------------------------------------------------------------
 # 6. Adapter
+
+
+def pad(xs):
+    """[(n, C)] -> (B, longest n, C), zeros on the right; torch's pad_sequence copies the whole batch for each gradient."""
+    n = max(map(len, xs))
+    return torch.stack([F.pad(x, (0, 0, 0, n - len(x))) for x in xs])
 
 
 class Adapter(nn.Module):
@@ -730,7 +736,7 @@ class Adapter(nn.Module):
         """[(L, width)] -> [(L', n_embd)]"""
         lengths = [self.length(len(x)) for x in signals]
         if self.kernel:
-            x = pad_sequence([F.pad(x, (0, 0, self.padding(len(x)), 0)) for x in signals], True)
+            x = pad([F.pad(x, (0, 0, self.padding(len(x)), 0)) for x in signals])
             x = torch.cat([y[:n] for y, n in zip(self.conv(x.mT).mT, lengths)])
         else:
             x = torch.cat(signals)
@@ -831,7 +837,7 @@ class ModRWKV(nn.Module):
             xs.append(torch.cat(x))
             labels.append(torch.tensor(label[1:] + [-100]))
         lengths = torch.tensor([len(x) for x in xs], device=device)
-        return pad_sequence(xs, True), pad_sequence(labels, True, -100).to(device), lengths
+        return pad(xs), pad_sequence(labels, True, -100).to(device), lengths
 
     def hidden(self, x, state=None, lengths=None):
         """(B, T, C) into the blocks -> (B, T, C) out of ln_out, and the new state."""

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import random
+import statistics
 import subprocess
 import sys
 import time
@@ -28,6 +29,7 @@ from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import modrwkv
 from modrwkv import (
     Config,
     InputError,
@@ -57,7 +59,7 @@ class Train:
     init_from: str = setting("", "a checkpoint whose weights to start from, ours or an official RWKV-7 .pth")
     resume: bool = setting(False, "go on from out_dir/ckpt.pt, with the settings it was made with")
     phase: str = setting("all", "adapter: language model and pretrained encoders frozen; all: pretrained encoders frozen")
-    max_steps: int = setting(1280, "optimizer steps")
+    max_steps: int = setting(1360, "optimizer steps")
     batch_size: int = setting(64, "samples per step, over all processes")
     grad_accum: int = setting(1, "micro-batches per step and process")
     ctx_len: int = setting(256, "a longer text is read in windows of so many tokens; conversations are read whole")
@@ -72,12 +74,13 @@ class Train:
     beta2: float = setting(0.99, "AdamW's second decay rate")
     adam_eps: float = setting(1e-18, "AdamW's epsilon")
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0 for no limit")
-    eval_interval: int = setting(250, "steps between scores on held-out records")
+    eval_interval: int = setting(340, "steps between scores on held-out records")
     eval_samples: int = setting(200, "held-out records for these scores; the last one uses all")
-    save_interval: int = setting(250, "steps between checkpoints")
+    save_interval: int = setting(340, "steps between checkpoints")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = setting("auto", "float32, or bfloat16 under autocast; auto takes bfloat16 where the hardware has it")
     seed: int = setting(1, "of the initial weights and the order of the data")
+    bench: bool = setting(False, "time the recurrence and a training step on this machine, and do nothing else")
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -108,7 +111,7 @@ class Batches:
     others. Within a few batches, records of like length share a batch, which leaves little padding.
     """
 
-    WINDOW = 8  # batches
+    WINDOW = 16  # batches
 
     def __init__(self, records, settings, model):
         self.records, self.settings, self.model = records, settings, model
@@ -154,7 +157,7 @@ def rough_length(record):
     n = len(record.get("text") or "") + sum(len(question) + len(answer) + 4 for question, answer in record_turns(record))
     for _, path in record_media(record):
         with contextlib.suppress(Exception), Image.open(path) as image:  # reading it whole will say what is wrong
-            n += 8 * image.width / image.height
+            n += 5 * image.width / image.height
     return n
 
 
@@ -234,6 +237,48 @@ def draw_curve(log, path):
     plt.savefig(path, dpi=120), plt.close()
 
 
+def bench(device):
+    """The recurrence and a training step, by each of the three ways to compute them: medians of interleaved runs, as ratios to the loop."""
+    ways = {"wkv7_loop": modrwkv.wkv7_loop, "wkv7_chunked": modrwkv.wkv7_chunked}
+    if modrwkv.has_kernel(device.type):
+        ways["kernel.cu"] = modrwkv.wkv7
+    B, T, H, N = 4, 512, 4, 64
+    r, w, k, v, a, b, dy = torch.randn(7, B, T, H, N, device=device)
+    kk = torch.nn.functional.normalize(a, dim=-1)
+    inputs = [x.detach().requires_grad_() for x in (r, -0.6 * torch.sigmoid(w), 0.3 * k, v, -kk, kk * torch.sigmoid(b))]
+    config = Config(n_layer=4, n_embd=256, image_encoder="none")
+    model = ModRWKV(config).to(device)
+    samples = [[("answer", torch.randint(1, 257, (257,)).tolist())] for _ in range(4)]
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1))
+
+    def now():
+        if device.type != "cpu":
+            getattr(torch, device.type).synchronize()
+        return 1000 * time.perf_counter()
+
+    times = {way: ([], [], []) for way in ways}
+    for run in tqdm(range(8), leave=False):
+        for way, wkv7 in ways.items():
+            start = now()
+            y, _ = wkv7(*inputs)
+            middle = now()
+            y.backward(dy)
+            end = now()
+            modrwkv.wkv7 = wkv7
+            model.loss(samples).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if run:  # the first one warms up
+                for spent, ms in zip(times[way], (middle - start, end - start, now() - end)):
+                    spent.append(ms)
+    say(f"{torch.get_num_threads()} threads, {device}" if device.type == "cpu" else torch.cuda.get_device_name(device))
+    for i, title in enumerate((f"forward, {B} x {T} steps x {H} heads of {N}", "forward + backward", "training step, 4 layers x 256, 4 x 256 tokens")):
+        say(title)
+        medians = {way: statistics.median(spent[i]) for way, spent in times.items()}
+        for way, ms in medians.items():
+            say(f"  {way:14}{ms:8.1f} ms {medians['wkv7_loop'] / ms:6.1f} x")
+
+
 def start(s, config, given):
     """(checkpoint to resume or None, settings, model), after a look at what was asked for."""
     ckpt_path = os.path.join(s.out_dir, "ckpt.pt")
@@ -272,6 +317,8 @@ def main(argv=None):
         torch.cuda.set_device(device)
     torch.manual_seed(s.seed)
 
+    if s.bench:
+        return bench(device)
     if "image_encoder" not in given and s.data == "shakespeare":
         config.image_encoder = "none"
     ckpt, s, model = start(s, config, given)

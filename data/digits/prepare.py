@@ -8,6 +8,7 @@ which the writers came: the last 20 % are used in val only, so the writers of va
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -15,10 +16,17 @@ import random
 from PIL import Image, ImageChops
 from sklearn.datasets import load_digits
 
+
+def add_up(digits):
+    """407 -> 4+0=4, +7=11: with the running total on paper, no step has to add more than two numbers."""
+    totals = list(itertools.accumulate(map(int, digits)))
+    return digits[0] + ", ".join(f"+{digit}={total}" for digit, total in zip(digits[1:], totals[1:]))
+
+
 QUESTIONS = {  # task: (ways to ask, the answer to digits such as "407")
     "read": (("What number is this?", "Read it."), str),
     "count": (("How many digits?", "Count them."), lambda digits: str(len(digits))),
-    "sum": (("What is the sum?", "Add them up."), lambda digits: "+".join(digits) + f"={sum(map(int, digits))}"),
+    "sum": (("What is the sum?", "Add them up."), add_up),
     "largest": (("Which is the largest?", "The largest?"), max),
 }
 CELL = 28  # pixels a digit is high, before its own scale
@@ -69,7 +77,7 @@ def write(out, name, scans, labels, n, rng, augment):
             chosen = [rng.randrange(len(scans)) for _ in range(rng.randint(1, 5))]
             digits = "".join(str(labels[j]) for j in chosen)
             draw([scans[j] for j in chosen], rng, augment).save(os.path.join(folder, f"{i}.png"), compress_level=1)
-            tasks = rng.choices(list(QUESTIONS), (3, 1, 4, 2))
+            tasks = rng.choices(list(QUESTIONS), (9, 1, 6, 4))
             if augment and i % 16 == 0:  # a conversation now and then, so that a model can hold one
                 tasks = rng.sample(list(QUESTIONS), 2)
             level = len(digits) + 3 * (tasks != ["read"])  # reading comes first, of short numbers first
