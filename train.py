@@ -21,7 +21,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # read when torch is imported: a busy machine needs OpenMP to wait politely
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # read when torch is imported: a busy machine needs OpenMP to wait politely
 
 import torch
 import torch.distributed as dist
@@ -59,7 +59,7 @@ class Train:
     init_from: str = setting("", "a checkpoint whose weights to start from, ours or an official RWKV-7 .pth")
     resume: bool = setting(False, "go on from out_dir/ckpt.pt, with the settings it was made with")
     phase: str = setting("all", "adapter: language model and pretrained encoders frozen; all: pretrained encoders frozen")
-    max_steps: int = setting(1360, "optimizer steps")
+    max_steps: int = setting(1240, "optimizer steps")
     batch_size: int = setting(64, "samples per step, over all processes")
     grad_accum: int = setting(1, "micro-batches per step and process")
     ctx_len: int = setting(256, "a longer text is read in windows of so many tokens; conversations are read whole")
@@ -74,9 +74,9 @@ class Train:
     beta2: float = setting(0.99, "AdamW's second decay rate")
     adam_eps: float = setting(1e-18, "AdamW's epsilon")
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0 for no limit")
-    eval_interval: int = setting(340, "steps between scores on held-out records")
+    eval_interval: int = setting(310, "steps between scores on held-out records")
     eval_samples: int = setting(200, "held-out records for these scores; the last one uses all")
-    save_interval: int = setting(340, "steps between checkpoints")
+    save_interval: int = setting(310, "steps between checkpoints")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = setting("auto", "float32, or bfloat16 under autocast; auto takes bfloat16 where the hardware has it")
     seed: int = setting(1, "of the initial weights and the order of the data")
@@ -111,7 +111,7 @@ class Batches:
     others. Within a few batches, records of like length share a batch, which leaves little padding.
     """
 
-    WINDOW = 16  # batches
+    WINDOW = 8  # batches
 
     def __init__(self, records, settings, model):
         self.records, self.settings, self.model = records, settings, model

@@ -77,7 +77,7 @@ def write(out, name, scans, labels, n, rng, augment):
             chosen = [rng.randrange(len(scans)) for _ in range(rng.randint(1, 5))]
             digits = "".join(str(labels[j]) for j in chosen)
             draw([scans[j] for j in chosen], rng, augment).save(os.path.join(folder, f"{i}.png"), compress_level=1)
-            tasks = rng.choices(list(QUESTIONS), (9, 1, 6, 4))
+            tasks = rng.choices(list(QUESTIONS), (3, 1, 4, 2))
             if augment and i % 16 == 0:  # a conversation now and then, so that a model can hold one
                 tasks = rng.sample(list(QUESTIONS), 2)
             level = len(digits) + 3 * (tasks != ["read"])  # reading comes first, of short numbers first
