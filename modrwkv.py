@@ -379,22 +379,34 @@ def wkv7_chunked(r, w, k, v, a, b, state=None):
     return unchunk(Q @ torch.stack(starts, 2).mT + Y), S
 
 
-KERNEL_STEPS = {"cpu": 32}  # per kind of device, the steps between the states that kernel.cu keeps for its backward pass
+KEPT = {"cpu": (32, 32), "cuda": (16, 0)}  # kernel.cu keeps one state in so many steps for its backward pass, and so many rows more
 
 
 @functools.cache
 def kernel(kind):
     """kernel.cu, compiled for a kind of device and opened with ctypes; None, after one line that says why, where it cannot be."""
-    if kind not in KERNEL_STEPS:
+    if kind not in KEPT:
         return None
+    source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernel.cu")
     try:
-        library = ctypes.CDLL(compile_for_cpu(os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernel.cu")))
-    except (OSError, InputError) as e:
-        print(f"the recurrence runs in PyTorch's own operations, which is several times slower: {e}", file=sys.stderr, flush=True)
+        library = ctypes.CDLL(compile_for_cpu(source) if kind == "cpu" else compile_for_gpu(source))
+    except (InputError, OSError, RuntimeError, ImportError, subprocess.SubprocessError) as e:
+        reason = str(e).strip().splitlines()[0]
+        print(f"the recurrence runs in PyTorch's own operations, which is several times slower: {reason}", file=sys.stderr, flush=True)
         return None
     for function, pointers in ((library.wkv7_forward, 11), (library.wkv7_backward, 17)):
         function.argtypes = [ctypes.c_int64] * 4 + [ctypes.c_int] + [ctypes.c_void_p] * pointers
+    library.wkv7_error.restype = ctypes.c_char_p
     return library
+
+
+def compile_for_gpu(source):
+    """The path of a shared library for the GPUs that are here; torch keeps it for the next time."""
+    from torch.utils.cpp_extension import load_inline
+
+    print("loading kernel.cu for this GPU; the first time it is compiled, which takes about a minute ...", file=sys.stderr, flush=True)
+    with open(source, encoding="utf-8") as f:
+        return load_inline("modrwkv_wkv7", "", f.read(), extra_cuda_cflags=["-O3"], is_python_module=False, no_implicit_headers=True)
 
 
 def compile_for_cpu(source):
@@ -430,14 +442,21 @@ def has_kernel(kind):
 
 def call_kernel(name, tensors):
     """One of the two functions of kernel.cu on these tensors; None is a null pointer. The first is r."""
-    B, T, H, N = tensors[0].shape
-    getattr(kernel(tensors[0].device.type), name)(B, T, H, N, 0, *(None if x is None else x.data_ptr() for x in tensors), None)
+    r = tensors[0]
+    dtype = (torch.float32, torch.bfloat16, torch.float16).index(r.dtype)
+    library, stream, device = kernel(r.device.type), None, contextlib.nullcontext()
+    if r.is_cuda:
+        stream, device = torch.cuda.current_stream(r.device).cuda_stream, torch.cuda.device(r.device)
+    with device:
+        error = getattr(library, name)(*r.shape, dtype, *(None if x is None else x.data_ptr() for x in tensors), stream)
+    if error:
+        raise RuntimeError(f"{name} of kernel.cu, {tuple(r.shape)}, {r.dtype}: {library.wkv7_error(error).decode()}")
 
 
 def kernel_outputs(r, state, keep):
     B, T, H, N = r.shape
-    steps = KERNEL_STEPS[r.device.type]
-    kept = r.new_empty((B, H, -(-T // steps), N + steps, N) if keep else 0, dtype=torch.float32)
+    steps, more = KEPT[r.device.type]
+    kept = r.new_empty((B, H, -(-T // steps), N + more, N) if keep else 0, dtype=torch.float32)
     return torch.empty_like(r), r.new_empty(B, H, N, N, dtype=torch.float32), kept
 
 
@@ -473,9 +492,9 @@ def wkv7_setup(ctx, inputs, output):
 
 
 def wkv7_gradients(ctx, dy, dlast, _):
-    r = ctx.saved_tensors[0]
-    dy = torch.zeros_like(r) if dy is None else dy.contiguous()
-    *six, dstate = wkv7_kernel_backward(*ctx.saved_tensors, dy, None if dlast is None else dlast.contiguous())
+    saved = ctx.saved_tensors  # r, w, k, v, a, b, kept
+    dy = torch.zeros_like(saved[0]) if dy is None else dy.contiguous()
+    *six, dstate = wkv7_kernel_backward(*saved, dy, None if dlast is None else dlast.contiguous())
     return *six, dstate if ctx.has_state else None, None
 
 
@@ -486,8 +505,10 @@ wkv7_kernel.register_autograd(wkv7_gradients, setup_context=wkv7_setup)
 
 def wkv7(r, w, k, v, a, b, state=None):
     """The RWKV-7 recurrence by the fastest way there is for these inputs: kernel.cu, or PyTorch's operations. See wkv7_loop."""
-    if r.dtype != torch.float64 and r.shape[-1] in (16, 32, 64, 128) and has_kernel(r.device.type):
-        six = [x.float().contiguous() for x in (r, w, k, v, a, b)]
+    if r.dtype in (torch.float32, torch.bfloat16, torch.float16) and r.shape[-1] in (16, 32, 64, 128) and has_kernel(r.device.type):
+        dtype = r.dtype if r.is_cuda else torch.float32
+        dtypes = (dtype, torch.float32, dtype, dtype, dtype, dtype)  # the decay is sensitive
+        six = [x.to(t).contiguous() for x, t in zip((r, w, k, v, a, b), dtypes)]
         state = None if state is None else state.float().contiguous()
         keep = torch.is_grad_enabled() and any(x.requires_grad for x in (*six, state) if x is not None)
         y, state, _ = wkv7_kernel(*six, state, keep)

@@ -2,6 +2,7 @@
 then the scripts as a user runs them."""
 
 import contextlib
+import ctypes
 import dataclasses
 import io
 import itertools
@@ -29,6 +30,7 @@ import pytest
 import sklearn.datasets
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
@@ -39,6 +41,7 @@ import train
 from modrwkv import TEMPLATES, Adapter, Config, InputError, ModRWKV, PatchEncoder, conversation, get_tokenizer, load, read_records, save
 
 torch.set_num_threads(1)
+REPO = Path(modrwkv.__file__).resolve().parent
 SEEDS = st.integers(0, 2**31)
 trials = lambda n: settings(max_examples=n, deadline=None, derandomize=True, database=None)
 
@@ -301,7 +304,7 @@ def wkv7_inputs(T, N, fastest, mixed, transition, with_state, seed, scale=1.0, i
     return [x.to(dtype) for x in [r, w, k, v, -kk, kk * rate, *state]]
 
 
-def run_wkv7(function, inputs, dtype, used):
+def run_wkv7(function, inputs, dtype, used=(0, 1)):
     """y, the state, and the gradients in every input of a random linear function of those of the two that are used."""
     xs = [x.detach().to(dtype).requires_grad_() for x in inputs]
     results, g = function(*xs), torch.Generator().manual_seed(0)
@@ -360,6 +363,322 @@ def test_wkv7_in_half_precision(dtype, unit, T, N):
         assert y.dtype == dtype and S.dtype == torch.float32
         assert distance(y, exact_y) <= unit  # the one rounding of y, nothing more
         assert distance(S, exact_S) <= 1e-5
+
+
+# ---------------------------------------------------------------------------------------------- kernel.cu on the CPU
+
+needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
+
+
+@needs_compiler
+@trials(40)
+@given(
+    T=st.integers(1, 100), N=st.sampled_from([16, 32, 64, 128]), exponent=st.floats(-6, math.log10(60)), mixed=st.booleans(),
+    transition=st.sampled_from([1, 0]), with_state=st.booleans(), infinite=st.sampled_from([0, 0, 0.1, 1]), seed=SEEDS,
+)
+@example(T=100, N=64, exponent=math.log10(0.6065), mixed=True, transition=1, with_state=True, infinite=0, seed=1)
+def test_kernel_deviates_by_2e_6_at_most(T, N, exponent, mixed, transition, with_state, infinite, seed):
+    inputs = wkv7_inputs(T, N, 10**exponent, mixed, transition, with_state, seed, infinite=infinite)
+    assert modrwkv.has_kernel("cpu")
+    for got, exact in zip(run_wkv7(modrwkv.wkv7, inputs, torch.float32), run_wkv7(modrwkv.wkv7_loop, inputs, torch.float64)):
+        assert distance(got, exact) <= 2e-6
+
+
+@needs_compiler
+@pytest.mark.parametrize("T", [1, 32, 45])
+def test_kernel_writes_all_it_returns(monkeypatch, T):
+    inputs = wkv7_inputs(T, 16, 0.6, True, 1, False, seed=1)
+    want = run_wkv7(modrwkv.wkv7, inputs, torch.float32)
+    empty = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda *args, **how: empty(*args, **how).fill_(math.nan))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *shape, **how: self.new_full(shape if len(shape) > 1 else shape[0], math.nan, **how))
+    assert all(map(torch.equal, run_wkv7(modrwkv.wkv7, inputs, torch.float32), want))
+
+
+@needs_compiler
+def test_kernel_with_rows_shared_out_among_threads():
+    inputs = wkv7_inputs(300, 64, 0.6, True, 1, True, seed=2, H=1)
+    want = run_wkv7(modrwkv.wkv7, inputs, torch.float32)
+    torch.set_num_threads(4)
+    try:
+        got = run_wkv7(modrwkv.wkv7, inputs, torch.float32)
+    finally:
+        torch.set_num_threads(1)
+    assert all(distance(x, y) < 1e-6 for x, y in zip(got, want))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_kernel_rounds_half_precision_once(dtype):
+    inputs = [x.to(dtype) for x in wkv7_inputs(70, 64, 0.6, True, 1, False, seed=3)]
+    exact = run_wkv7(modrwkv.wkv7_loop, inputs, torch.float64)
+    for i, (got, want) in enumerate(zip(run_wkv7(modrwkv.wkv7, inputs, dtype), exact)):
+        assert distance(got, want) <= (1.5 * distance(want.to(dtype), want) if i != 1 else 2e-6)  # the state stays float32
+
+
+@needs_compiler
+@pytest.mark.parametrize("with_state", [True, False])
+def test_kernel_as_an_operator_of_torch(with_state):
+    *six, state = [x.requires_grad_() for x in wkv7_inputs(40, 16, 0.6, True, 1, True, seed=4)]
+    checks = torch.library.opcheck(modrwkv.wkv7_kernel, (*six, state if with_state else None, True))
+    assert set(checks.values()) == {"SUCCESS"}
+
+    def loss(*inputs):
+        y, S = modrwkv.wkv7(*inputs)
+        return y.square().sum() + S.square().sum()
+
+    inputs = (*six, state) if with_state else six
+    want = torch.autograd.grad(loss(*inputs), inputs)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    again = torch.utils.checkpoint.checkpoint(loss, *inputs, use_reentrant=False)
+    for other in (compiled(*inputs), again):
+        assert all(distance(x, y) < 1e-6 for x, y in zip(torch.autograd.grad(other, inputs), want))
+
+
+@needs_compiler
+def test_kernel_takes_any_strides():
+    inputs = wkv7_inputs(20, 16, 0.6, True, 1, True, seed=5)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs[:6]] + [inputs[6].mT.contiguous().mT]
+    assert not strided[0].is_contiguous()
+    assert all(map(torch.equal, run_wkv7(modrwkv.wkv7, strided, torch.float32), run_wkv7(modrwkv.wkv7, inputs, torch.float32)))
+
+
+RECURRENCE = """
+import torch, modrwkv
+x = torch.ones(1, 9, 1, 16)
+print(modrwkv.wkv7(x, -x, x, x, x, x * 0)[0].sum().item(), flush=True)
+"""
+
+
+def recurrence(cache, **environment):
+    """The printed sum, and what was said, of a fresh process whose compiled kernels are in the folder `cache`."""
+    environment = os.environ | {"XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"} | environment
+    return subprocess.Popen([sys.executable, "-c", RECURRENCE], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@needs_compiler
+def test_kernel_is_compiled_once_by_processes_at_once(tmp_path):
+    said = [process.communicate() for process in [recurrence(tmp_path) for _ in range(2)]]
+    assert said[0][0] == said[1][0] != ""
+    [library] = [path for path in tmp_path.rglob("*") if path.is_file()]
+    out, err = recurrence(tmp_path).communicate()
+    assert (out, err) == (said[0][0], "") and library.suffix == ".so"
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [(None, "there is no C++ compiler; install g++ or clang++"), ("echo no error: >&2; exit 1", "cannot compile kernel.cu")],
+)
+def test_without_a_compiler_torch_does_it(tmp_path, compiler, reason):
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    if compiler:
+        (bin / "g++").write_text(f"#!/bin/sh\n{compiler}\n")
+        (bin / "g++").chmod(0o755)
+    out, err = recurrence(tmp_path, PATH=str(bin), CXX="").communicate()
+    want, _ = recurrence(tmp_path).communicate()
+    assert float(out) == pytest.approx(float(want), rel=1e-6)
+    assert reason in err and "the recurrence runs in PyTorch's own operations" in err and "Traceback" not in err
+
+
+# ---------------------------------------------------------------------------------------------- kernel.cu's CUDA, run on the CPU
+
+KERNEL = REPO / "kernel.cu"
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+NAMES = ("r", "w", "k", "v", "a", "b")
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+@pytest.fixture(scope="session")
+def cuda(tmp_path_factory):
+    """The CUDA section as g++ builds it."""
+    path = tmp_path_factory.mktemp("cuda") / "kernel.so"
+    flags = ["-std=c++20", "-shared", "-fPIC", "-Wno-unknown-pragmas", "-D__CUDACC__"]
+    subprocess.run(["g++", *flags, "-include", REPO / "cuda_on_cpu.h", "-x", "c++", KERNEL, "-o", path], check=True)
+    library = ctypes.CDLL(str(path))
+    library.wkv7_error.restype = ctypes.c_char_p
+    return library
+
+
+def guarded(shape, dtype, margin=2048):
+    """A tensor full of NaN inside a larger one full of NaN."""
+    return torch.full((math.prod(shape) + 2 * margin,), math.nan, dtype=dtype)[margin:-margin].view(shape)
+
+
+def intact(*tensors):
+    """All is written, and nothing around it."""
+    for x in tensors:
+        if x is not None:
+            assert not x.isnan().any()
+            whole = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+            assert whole.isnan().sum() == len(whole) - x.numel()
+
+
+def call(function, shape, dtype, *tensors, stream=None):
+    B, T, H, N = (ctypes.c_int64(n) for n in shape)
+    pointers = [ctypes.c_void_p(None if x is None else x.data_ptr()) for x in tensors]
+    return function(B, T, H, N, [F32, BF16, F16].index(dtype), *pointers, ctypes.c_void_p(stream))
+
+
+def cuda_forward(cuda, x, s0=None, keep=True):
+    """x: r, w, k, v, a, b. Returns y, the last state, the kept states or None."""
+    (B, T, H, N), dtype = x[0].shape, x[0].dtype
+    y, sT = guarded((B, T, H, N), dtype), guarded((B, H, N, N), F32)
+    kept = guarded((B, H, -(-T // 16), N, N), F32) if keep else None
+    assert call(cuda.wkv7_forward, x[0].shape, dtype, *x, s0, y, sT, kept) == 0
+    intact(y, sT, kept)
+    return y, sT, kept
+
+
+def cuda_backward(cuda, x, kept, dy, dsT=None, want_ds0=True):
+    """Returns dr, dw, dk, dv, da, db, ds0."""
+    (B, T, H, N), dtype = x[0].shape, x[0].dtype
+    grads = [guarded((B, T, H, N), F32 if name == "w" else dtype) for name in NAMES]
+    ds0 = guarded((B, H, N, N), F32) if want_ds0 else None
+    assert call(cuda.wkv7_backward, x[0].shape, dtype, *x, kept, dy, dsT, *grads, ds0) == 0
+    intact(*grads, ds0)
+    return *grads, ds0
+
+
+def into_guarded(x, dtype):
+    return guarded(x.shape, dtype).copy_(x)
+
+
+def cuda_inputs(shape, dtype, decay, seed, removal=True):
+    """r, w, k, v, a, b, s0, dy, dsT as RWKV-7 has them: a = -kk, b = kk * rate with kk of unit length, or both 0."""
+    B, T, H, N = shape
+    g = torch.Generator().manual_seed(seed)
+    r, k, v, kk, dy = torch.randn(5, *shape, generator=g)
+    kk, rate, u = kk / kk.norm(dim=-1, keepdim=True), torch.rand(shape, generator=g), torch.rand(shape, generator=g)
+    w = {
+        "rwkv7": -0.606531 * u,
+        "wide": -(10 ** (u * 7.778 - 6)),  # -1e-6 .. -60
+        "edges": torch.where(u < 0.3, 0.0, torch.where(u < 0.6, -math.inf, -u)),
+        "one": torch.zeros(shape),
+        "zero": torch.full(shape, -math.inf),
+    }.get(decay)
+    w = torch.full(shape, decay) if w is None else w
+    s0, dsT = torch.randn(2, B, H, N, N, generator=g)
+    x = [into_guarded(t, dtype) for t in (r, w, k, v, -kk * removal, kk * rate * removal)]
+    x[1] = into_guarded(w, F32)
+    return x, into_guarded(s0, F32), into_guarded(dy, dtype), into_guarded(dsT, F32)
+
+
+def loop(x, s0, dy, dsT, dtype=torch.float64):
+    """wkv7_loop and its gradients: y, sT, dr, dw, dk, dv, da, db, ds0."""
+    B, T, H, N = x[0].shape
+    zero = torch.zeros(B, H, N, N)
+    leaves = [t.to(dtype, copy=True).requires_grad_() for t in (*x, zero if s0 is None else s0)]
+    y, sT = modrwkv.wkv7_loop(*leaves)
+    loss = (y * dy.to(dtype)).sum() + (sT * (zero if dsT is None else dsT).to(dtype)).sum()
+    return y.detach(), sT.detach(), *torch.autograd.grad(loss, leaves)
+
+
+def check(found, *problem):
+    """Against float64: 2e-6 of the norm in float32, or twice what the loop in float32 has where the problem is ill-conditioned; rounding in 16 bits."""
+    for name, x, e, e32 in zip(RESULTS, found, loop(*problem), loop(*problem, F32), strict=True):
+        if x is None:
+            continue
+        error, size = (x.double() - e).norm().item(), e.norm().item()
+        bound = max(2e-6 * size, 2 * (e32.double() - e).norm().item(), 1e-20)
+        if x.dtype != F32:
+            bound = max(1.5 * (e.to(x.dtype).double() - e).norm().item(), 1e-20)
+        assert error <= bound, f"{name} {x.dtype}: error {error:.3g}, bound {bound:.3g}, norm {size:.3g}"
+
+
+RESULTS = ("y", "sT", "dr", "dw", "dk", "dv", "da", "db", "ds0")
+
+
+def run_all(cuda, x, s0, dy, dsT, want_ds0=True):
+    y, sT, kept = cuda_forward(cuda, x, s0)
+    return y, sT, *cuda_backward(cuda, x, kept, dy, dsT, want_ds0)
+
+
+@trials(40)
+@given(
+    B=st.integers(1, 2),
+    T=st.integers(1, 40),
+    H=st.integers(1, 2),
+    N=st.sampled_from([16, 32, 64, 128]),
+    dtype=st.sampled_from([F32, BF16, F16]),
+    decay=st.sampled_from(["rwkv7", "wide", "edges", "one", "zero", -1e-6, -0.6, -5.0, -20.0, -60.0]),
+    has=st.tuples(st.booleans(), st.booleans(), st.booleans(), st.booleans()),
+    seed=st.integers(0, 99),
+)
+@example(B=2, T=33, H=3, N=64, dtype=F32, decay="rwkv7", has=(True, True, True, True), seed=0)
+@example(B=1, T=19, H=2, N=128, dtype=F32, decay="wide", has=(True, True, True, True), seed=0)
+@example(B=1, T=32, H=1, N=64, dtype=F32, decay=-20.0, has=(True, True, True, True), seed=0)
+@example(B=1, T=37, H=1, N=128, dtype=BF16, decay="rwkv7", has=(True, True, True, True), seed=0)
+@example(B=1, T=16, H=1, N=32, dtype=F16, decay="edges", has=(True, True, True, True), seed=0)
+@example(B=2, T=1, H=1, N=16, dtype=BF16, decay="one", has=(False, False, False, True), seed=0)
+def test_cuda_agrees_with_float64(cuda, B, T, H, N, dtype, decay, has, seed):
+    x, s0, dy, dsT = cuda_inputs((B, T, H, N), dtype, decay, seed, removal=has[3])
+    s0, dsT = s0 if has[0] else None, dsT if has[1] else None
+    check(run_all(cuda, x, s0, dy, dsT, has[2]), x, s0, dy, dsT)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize("N", [16, 32, 64, 128])
+def test_cuda_gives_the_same_bits_in_any_order_of_threads(cuda, N, dtype, monkeypatch):
+    x, s0, dy, dsT = cuda_inputs((1, 21 if N < 128 else 9, 2 if N < 128 else 1, N), dtype, "rwkv7", 5)
+    results = []
+    for order in ("0", "-1", "1", "2") if dtype == BF16 else ("0", "-1"):
+        monkeypatch.setenv("CUDA_ON_CPU_ORDER", order)
+        results.append(run_all(cuda, x, s0, dy, dsT))
+    for other in results[1:]:
+        for name, found, first in zip(RESULTS, other, results[0], strict=True):
+            assert torch.equal(found, first), name
+
+
+def test_cuda_forward_alone_and_split(cuda):
+    x, s0, dy, dsT = cuda_inputs((2, 45, 1, 64), F32, "rwkv7", 7)
+    whole, sT, _ = cuda_forward(cuda, x, s0, keep=False)
+    first = [into_guarded(t[:, :18], F32) for t in x]
+    second = [into_guarded(t[:, 18:], F32) for t in x]
+    y1, s1, kept1 = cuda_forward(cuda, first, s0)
+    y2, s2, kept2 = cuda_forward(cuda, second, s1)
+    assert torch.equal(torch.cat([y1, y2], 1), whole) and torch.equal(s2, sT)
+    grads2 = cuda_backward(cuda, second, kept2, into_guarded(dy[:, 18:], F32), dsT)
+    grads1 = cuda_backward(cuda, first, kept1, into_guarded(dy[:, :18], F32), grads2[-1])
+    both = [torch.cat(pair, 1) for pair in zip(grads1[:-1], grads2[:-1])]
+    check((whole, sT, *both, grads1[-1]), x, s0, dy, dsT)
+
+
+def test_cuda_refuses_what_it_cannot_do(cuda):
+    x, s0, dy, dsT = cuda_inputs((1, 2, 1, 16), F32, "one", 0)
+    y, sT, kept = cuda_forward(cuda, x, s0)
+    assert call(cuda.wkv7_forward, (1, 2, 1, 24), F32, *x, s0, y, sT, kept) == 1
+    assert call(cuda.wkv7_forward, (1, 0, 1, 16), F32, *x, s0, y, sT, kept) == 1
+    x[0] = x[0].flatten()[1:]
+    assert call(cuda.wkv7_forward, (1, 1, 1, 16), F32, *x, s0, y, sT, kept) == 716 and cuda.wkv7_error(716)
+
+
+def test_cuda_launches(cuda):
+    """The stream that was given; shared memory that lets two blocks run on an SM of sm_80 and sm_90 at N = 64."""
+    stream, shared = (kind.in_dll(cuda, name) for kind, name in ((ctypes.c_void_p, "last_stream"), (ctypes.c_size_t, "last_shared")))
+    for dtype, N, most in ((F32, 16, 40), (BF16, 64, 80), (F32, 64, 80), (F32, 128, 99)):
+        x, s0, dy, dsT = cuda_inputs((1, 1, 1, N), dtype, "one", 0)
+        kept, grads = torch.zeros(1, 1, 1, N, N), [torch.empty(1, 1, 1, N) for _ in range(6)]
+        y, sT = torch.empty(1, 1, 1, N, dtype=dtype), torch.empty(1, 1, N, N)
+        assert call(cuda.wkv7_forward, (1, 1, 1, N), dtype, *x, s0, y, sT, kept, stream=4711) == 0
+        assert stream.value == 4711 and shared.value <= 40 << 10
+        assert call(cuda.wkv7_backward, (1, 1, 1, N), dtype, *x, kept, dy, dsT, *grads, sT, stream=4712) == 0
+        assert stream.value == 4712 and shared.value <= most << 10
+
+
+@pytest.mark.skipif(not NVCC, reason="no nvcc")
+@pytest.mark.parametrize("arch", [80, 90, 120])
+def test_cuda_compiles_without_spills(arch, tmp_path):
+    """Of the sixteen kernels of float32 and bfloat16 those of N = 64 and 128: half the compile time."""
+    source = re.sub(r"\n *case (16|32|2): .*", "", KERNEL.read_text())
+    (tmp_path / "kernel.cu").write_text(source)
+    command = [NVCC, "-std=c++17", f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v", "-o", tmp_path / "kernel.cubin", tmp_path / "kernel.cu"]
+    log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    kernels = re.findall(r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers", log, re.S)
+    assert len(kernels) == 8
+    for name, stores, loads, registers in kernels:
+        assert (stores, loads) == ("0", "0"), name
+        assert int(registers) <= (255 if "backward" in name else 168), name
 
 
 # ---------------------------------------------------------------------------------------------- blocks, as the official code has them
@@ -943,7 +1262,6 @@ def test_help_lists_every_flag(capsys):
 # ---------------------------------------------------------------------------------------------- data sets
 
 
-REPO = Path(modrwkv.__file__).resolve().parent
 ENV = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {"OMP_NUM_THREADS": "1"}
 contents = lambda folder: {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
