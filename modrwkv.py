@@ -15,6 +15,7 @@ References
     [2] RWKV-7 "Goose" with Expressive Dynamic State Evolution, Peng et al. 2025, arXiv:2503.14456
     [3] VisualRWKV: Exploring RWKV for Visual Language Models, Hou et al. 2024, arXiv:2406.13362
     [4] the official training code, RWKV-LM/RWKV-v7/train_temp, and the inference package `rwkv`
+    [5] Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence, Peng et al. 2024, arXiv:2404.05892
 
 Glossary: symbol here = symbol in [2] (in brackets: names of the official files)
     B, T, C, H, N   batch, time, n_embd, heads, head size (64)
@@ -31,13 +32,11 @@ Glossary: symbol here = symbol in [2] (in brackets: names of the official files)
     r_k             bonus rho for the current token
 """
 
-import argparse
 import ast
 import codecs
 import contextlib
 import ctypes
 import dataclasses
-import difflib
 import functools
 import hashlib
 import json
@@ -71,11 +70,14 @@ def setting(default, help):
 class Config:
     """What a checkpoint remembers of its model. Each field is a flag of train.py."""
 
+    rwkv: int = setting(7, "generation of the blocks: 5 (decay fixed), 6 (decay of the data) or 7 (delta rule)")
     n_layer: int = setting(2, "number of RWKV blocks")
     n_embd: int = setting(128, "width of the model, a multiple of head_size")
     head_size: int = setting(64, "channels of one head")
     tokenizer: str = setting("bytes", "bytes, gpt2, or the path of an RWKV World vocabulary (rwkv_vocab_v20230424.txt)")
     template: str = setting("world", "how turns are written as text: world, v1, v2 or v3")
+    prompt_style: str = setting("written", "where a question has its pictures: written (where its marks are), first, last or sandwich")
+    scan: str = setting("uni", "order in which layers read a picture's vectors: uni, bi (forward, backward) or multi (also down, up)")
     image_encoder: str = setting("patch", "patch, or none for a model of text alone")
     image_height: int = setting(32, "a picture is scaled to this many pixels in height; its width follows")
     patch_height: int = setting(32, "height of a patch in pixels; the image height gives column patches")
@@ -266,6 +268,19 @@ def check_record(record):
             raise InputError(f"{at}: {marks[kind]} <{kind}> in the questions, but {n} {kind} file(s)")
 
 
+SHORT_ANSWER = "Answer the question using a single word or phrase."
+
+
+def arrange(question, questions, style):
+    """A question with its pictures where the style wants them ([3], section 3.2): it first, it last, or between all
+    `questions` of the conversation and this one again (the sandwich: the state is ready for the picture, and it is fresh)."""
+    marks, text = "\n".join(MARK.findall(question)), MARK.sub("", question).strip()
+    if style == "written" or not marks:
+        return question
+    ahead = "\n".join(MARK.sub("", q.replace(SHORT_ANSWER, "") if q == question else q).strip() for q in questions)
+    return {"first": f"{marks}\n{text}", "last": f"{text}\n{marks}", "sandwich": f"{ahead}\n{marks}\n{text}"}[style]
+
+
 def conversation(config, turns, media, first=True):
     """Segments of a conversation.
 
@@ -277,7 +292,7 @@ def conversation(config, turns, media, first=True):
     clean = lambda text: re.sub(r"\n\s*\n", "\n", re.sub("[\x16\x17]", "", text).strip())
     segments, text = [], template.before if first else ""
     for question, answer in turns:
-        text += template.human.format(clean(question))
+        text += template.human.format(clean(arrange(question, [q for q, _ in turns], config.prompt_style)))
         for piece in MARK.split(text + template.gpt):
             if MARK.match(piece):
                 segments.append(next(media))
@@ -531,6 +546,13 @@ def orthogonal(rows, cols, gain):
     return nn.init.orthogonal_(torch.empty(rows, cols), gain)
 
 
+def linear(n_in, n_out, gain):
+    """No bias; orthogonal of this gain, or zeros, as the official initial weights."""
+    layer = nn.Linear(n_in, n_out, bias=False)
+    layer.weight = nn.Parameter(orthogonal(n_out, n_in, gain) if gain else torch.zeros(n_out, n_in))
+    return layer
+
+
 def lora_rank(n_embd, factor):  # [4]: a multiple of 32 near factor * sqrt(C)
     return max(32, round(factor * n_embd**0.5 / 32) * 32)
 
@@ -545,7 +567,7 @@ class TimeMix7(nn.Module):
         depth0, depth1 = layer / max(1, n_layer - 1), 1 - layer / n_layer
         n = torch.arange(C)
         q, u = n / C, n / max(1, C - 1)
-        linear, zigzag = u - 0.5, (n % N - (N - 1) / 2) / ((N - 1) / 2)
+        ramp, zigzag = u - 0.5, (n % N - (N - 1) / 2) / ((N - 1) / 2)
         zigzag = zigzag * zigzag.abs()
 
         def vector(x):
@@ -553,22 +575,21 @@ class TimeMix7(nn.Module):
 
         for name, power in dict(r=0.2, w=0.9, k=0.7, v=0.7, a=0.9, g=0.2).items():
             setattr(self, f"x_{name}", vector(1 - q ** (power * depth1)))
-        bias = dict(w=-5.5 + 6 * u ** (1 + depth0**0.3) + 2.5 * zigzag, a=-0.19 + 0.3 * zigzag + 0.4 * linear, v=0.73 - 0.4 * linear)
+        bias = dict(w=-5.5 + 6 * u ** (1 + depth0**0.3) + 2.5 * zigzag, a=-0.19 + 0.3 * zigzag + 0.4 * ramp, v=0.73 - 0.4 * ramp)
         ranks = ranks or {name: lora_rank(C, factor) for name, factor in dict(w=2.5, a=2.5, v=1.7, g=5).items()}
-        for name, rank in ranks.items():
+        for name in "wavg":
+            rank = ranks[name]
             if name == "v" and layer == 0:
                 continue  # v_first is made here: there is nothing to mix it with
             if name in bias:
                 setattr(self, f"{name}0", vector(bias[name]))
             setattr(self, f"{name}1", nn.Parameter(torch.zeros(C, rank)))
             setattr(self, f"{name}2", nn.Parameter(orthogonal(rank, C, 0.1 * max(1, (rank / C) ** 0.5))))
-        self.k_k = vector(0.71 - 0.1 * linear)
+        self.k_k = vector(0.71 - 0.1 * ramp)
         self.k_a = vector(torch.full((C,), 1.02))
         self.r_k = nn.Parameter(torch.full((H, N), -0.04))
         for name, gain in dict(receptance=1, key=0.1, value=1, output=0).items():
-            layer_ = nn.Linear(C, C, bias=False)
-            layer_.weight = nn.Parameter(orthogonal(C, C, gain) if gain else torch.zeros(C, C))
-            setattr(self, name, layer_)
+            setattr(self, name, linear(C, C, gain))
         self.ln_x = nn.GroupNorm(H, C, eps=64e-5)
         nn.init.constant_(self.ln_x.weight, ((layer + 1) / n_layer) ** 0.7)
 
@@ -610,18 +631,125 @@ class TimeMix7(nn.Module):
 class ChannelMix7(nn.Module):
     """RWKV-7 channel mixing ([2], section 4.2; [4], RWKV_CMix_x070)."""
 
-    def __init__(self, n_layer, n_embd, layer, hidden):
+    def __init__(self, n_layer, n_embd, layer, hidden=None):
         super().__init__()
         self.x_k = nn.Parameter(1 - (torch.arange(n_embd) / n_embd).view(1, 1, -1) ** ((1 - layer / n_layer) ** 4))
-        self.key = nn.Linear(n_embd, hidden, bias=False)
-        self.key.weight = nn.Parameter(orthogonal(hidden, n_embd, 1))
-        self.value = nn.Linear(hidden, n_embd, bias=False)
-        nn.init.zeros_(self.value.weight)
+        hidden = hidden or 4 * n_embd
+        self.key, self.value = linear(n_embd, hidden, 1), linear(hidden, n_embd, 0)
 
     def forward(self, x, last=None, lengths=None):
         before, last = shift(x, last, lengths)
         h = torch.relu(self.key(torch.addcmul(x, before - x, self.x_k)))
         return self.value(h * h), last
+
+
+class TimeMix5(nn.Module):
+    """RWKV-5.2 time mixing ([5], section 4.1; official RWKV_Tmix_x052): what a channel forgets is a parameter, the same at
+    every step. Shift weights are those of the CURRENT token. y_t reads the state before step t, plus a bonus u for step t."""
+
+    def __init__(self, n_layer, n_embd, head_size, layer, ranks=None):
+        super().__init__()
+        C, N, H = n_embd, head_size, n_embd // head_size
+        self.H, self.N = H, N
+        depth0, depth1 = layer / max(1, n_layer - 1), 1 - layer / n_layer
+        n = torch.arange(C)
+        q, u = n / C, n / max(1, C - 1)
+        self.time_decay = nn.Parameter(-6 + 5 * u ** (0.7 + 1.3 * depth0))
+        self.time_faaaa = nn.Parameter((depth0 * (1 - u) + 0.1 * ((n + 1) % 3 - 1)).view(H, N))
+        self.add_mixing({"k": q**depth1, "v": q**depth1 + 0.3 * depth0, "r": q ** (0.5 * depth1), "g": q ** (0.5 * depth1)}, ranks)
+        for name, gain in dict(receptance=1, key=0.1, value=1, gate=0.1, output=0).items():
+            setattr(self, name, linear(C, C, gain))
+        self.ln_x = nn.GroupNorm(H, C, eps=64e-5)  # of y / 8 with 1e-5 in the official file: the same
+        nn.init.constant_(self.ln_x.weight, ((layer + 1) / n_layer) ** 0.7)
+
+    def add_mixing(self, shift_weights, ranks):
+        for name, x in shift_weights.items():
+            setattr(self, f"time_mix_{name}", nn.Parameter(x.view(1, 1, -1)))
+        self.time_decay = nn.Parameter(self.time_decay.data.view(self.H, self.N))
+
+    def mix(self, x, d):
+        """Tokens x and their differences d to the token before -> the inputs of r, k, v, g, and the log decay."""
+        mixed = (x + d * (1 - getattr(self, f"time_mix_{name}")) for name in "rkvg")
+        return *mixed, -self.time_decay.float().exp().expand(*x.shape[:2], self.H, self.N)
+
+    def forward(self, x, v_first, last=None, state=None, lengths=None):
+        """As TimeMix7's; v_first is passed on."""
+        B, T, C = x.shape
+        before, last = shift(x, last, lengths)
+        xr, xk, xv, xg, w = self.mix(x, before - x)
+        r, k, v = (z.view(B, T, self.H, self.N) for z in (self.receptance(xr), self.key(xk), self.value(xv)))
+        w = w.reshape(B, T, self.H, self.N)
+        bonus = (r * k * self.time_faaaa).sum(-1, keepdim=True) * v
+        first = torch.zeros_like(v[:, 0]) if state is None else (state @ r[:, 0, :, :, None].to(state.dtype))[..., 0].to(v.dtype)
+        if lengths is not None:  # padding leaves the state as it is
+            real = (torch.arange(T, device=x.device) < lengths[:, None])[..., None, None]
+            w, k = w * real, k * real
+        none = torch.zeros_like(k)
+        y, state = wkv7(F.pad(r[:, 1:], (0, 0, 0, 0, 0, 1)), w, k, v, none, none, state)  # S_t, read by r_{t+1}
+        y = torch.cat([first[:, None], y[:, :-1]], 1) + bonus
+        y = self.ln_x(y.reshape(B * T, C)).view(B, T, C)
+        return self.output(y * F.silu(self.gate(xg))), v_first, last, state
+
+
+class TimeMix6(TimeMix5):
+    """RWKV-6 time mixing ([5], section 4.2; official RWKV_Tmix_x060): shift weights, here of the PREVIOUS token, and the decay
+    depend on the data through low-rank matrices."""
+
+    def add_mixing(self, shift_weights, ranks):
+        C = self.H * self.N
+        ranks = ranks or {"maa": 64 if C >= 4096 else 32, "decay": 128 if C >= 4096 else 64}
+        shift_weights = shift_weights | {"x": shift_weights["k"], "w": shift_weights["k"]}
+        for name, x in shift_weights.items():
+            setattr(self, f"time_maa_{name}", nn.Parameter((1 - x).view(1, 1, C)))
+        self.time_maa_w1 = nn.Parameter(torch.zeros(C, 5 * ranks["maa"]))
+        self.time_maa_w2 = nn.Parameter(torch.empty(5, ranks["maa"], C).uniform_(-0.01, 0.01))
+        self.time_decay = nn.Parameter(self.time_decay.data.view(1, 1, C))
+        self.time_decay_w1 = nn.Parameter(torch.zeros(C, ranks["decay"]))
+        self.time_decay_w2 = nn.Parameter(torch.empty(ranks["decay"], C).uniform_(-0.01, 0.01))
+
+    def mix(self, x, d):
+        z = torch.tanh((x + d * self.time_maa_x) @ self.time_maa_w1).unflatten(-1, (5, -1))  # (B, T, 5, rank)
+        xw, xk, xv, xr, xg = (
+            x + d * (getattr(self, f"time_maa_{name}") + z_ @ w2) for name, z_, w2 in zip("wkvrg", z.unbind(2), self.time_maa_w2)
+        )
+        w = self.time_decay + torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2
+        return xr, xk, xv, xg, -w.float().exp()
+
+
+class ChannelMix5(nn.Module):
+    """RWKV-5.2 channel mixing ([5], section 4.1; official RWKV_CMix_x052), with a gate that RWKV-7 has no more."""
+
+    def __init__(self, n_layer, n_embd, layer, hidden=None):
+        super().__init__()
+        depth1 = 1 - layer / n_layer
+        hidden = hidden or int(3.5 * n_embd) // 32 * 32
+        self.add_mixing(torch.arange(n_embd).view(1, 1, -1) / n_embd, depth1)
+        self.key, self.receptance, self.value = linear(n_embd, hidden, 1), linear(n_embd, n_embd, 0), linear(hidden, n_embd, 0)
+
+    def add_mixing(self, q, depth1):
+        self.time_mix_k, self.time_mix_r = nn.Parameter(q**depth1), nn.Parameter(q**depth1)
+
+    def mix(self, x, d):
+        return x + d * (1 - self.time_mix_k), x + d * (1 - self.time_mix_r)
+
+    def forward(self, x, last=None, lengths=None):
+        before, last = shift(x, last, lengths)
+        xk, xr = self.mix(x, before - x)
+        h = torch.relu(self.key(xk))
+        return torch.sigmoid(self.receptance(xr)) * self.value(h * h), last
+
+
+class ChannelMix6(ChannelMix5):
+    """RWKV-6 channel mixing (official RWKV_CMix_x060): RWKV-5's, with shift weights of the previous token."""
+
+    def add_mixing(self, q, depth1):
+        self.time_maa_k, self.time_maa_r = nn.Parameter(1 - q ** (depth1**3)), nn.Parameter(1 - q ** (depth1**3))
+
+    def mix(self, x, d):
+        return x + d * self.time_maa_k, x + d * self.time_maa_r
+
+
+MIXERS = {5: (TimeMix5, ChannelMix5), 6: (TimeMix6, ChannelMix6), 7: (TimeMix7, ChannelMix7)}
 
 
 class Block(nn.Module):
@@ -631,8 +759,9 @@ class Block(nn.Module):
         if layer == 0:
             self.ln0 = nn.LayerNorm(C)  # on all that enters, embeddings and picture vectors alike
         self.ln1, self.ln2 = nn.LayerNorm(C), nn.LayerNorm(C)
-        self.att = TimeMix7(config.n_layer, C, config.head_size, layer, ranks)
-        self.ffn = ChannelMix7(config.n_layer, C, layer, hidden or 4 * C)
+        time_mix, channel_mix = MIXERS[config.rwkv]
+        self.att = time_mix(config.n_layer, C, config.head_size, layer, ranks)
+        self.ffn = channel_mix(config.n_layer, C, layer, hidden)
 
     def forward(self, x, v_first, state, lengths):
         """state: (last token of ln1, S, last token of ln2), each None at the start of a sequence."""
@@ -704,6 +833,9 @@ class PatchEncoder(nn.Module):
     def length(self, image):
         return (image.shape[1] // self.size[1]) * (image.shape[2] // self.size[2])
 
+    def columns(self, image):
+        return image.shape[2] // self.size[2]
+
     def forward(self, images):
         """[(3, h, w) uint8] -> [(patches, width)], patches row by row."""
         device = self.proj.weight.device
@@ -753,6 +885,10 @@ class Adapter(nn.Module):
     def length(self, n):
         return (n + self.padding(n) - self.kernel) // self.stride + 1 if self.kernel else n
 
+    def ends(self, n):
+        """Which of n vectors each window ends on."""
+        return range(self.kernel - 1 - self.padding(n), n, self.stride) if self.kernel else range(n)
+
     def forward(self, signals):
         """[(L, width)] -> [(L', n_embd)]"""
         lengths = [self.length(len(x)) for x in signals]
@@ -769,6 +905,20 @@ class Adapter(nn.Module):
 # 7. ModRWKV
 
 
+SCANS = {"uni": 1, "bi": 2, "multi": 4}  # so many orders take turns from layer to layer: forward, backward, down, up
+
+
+def scan(span, ends, columns):
+    """The orders in which layers read a picture ([3], section 3.3), whose vectors have the positions `span` in the sequence.
+    Down is by column, then by row, of the last patch in a vector's window: `ends`, as Adapter.ends gives them."""
+    down = sorted(span, key=lambda i: (ends[i - span[0]] % columns, ends[i - span[0]]))
+    return span, span[::-1], down, down[::-1]
+
+
+def reorder(x, order):
+    return x.gather(1, order[..., None].expand_as(x))
+
+
 class ModRWKV(nn.Module):
     """The language model, with an encoder and an adapter for each kind of signal."""
 
@@ -780,8 +930,9 @@ class ModRWKV(nn.Module):
                 raise InputError(f"{name}={getattr(config, name)} is not at least 1")
         if config.n_embd % config.head_size:
             raise InputError(f"n_embd={config.n_embd} is not a multiple of head_size={config.head_size}")
-        if config.template not in TEMPLATES:
-            raise InputError(f"template={config.template} is not one of {', '.join(TEMPLATES)}")
+        for name, known in (("rwkv", MIXERS), ("template", TEMPLATES), ("scan", SCANS), ("prompt_style", ("written", "first", "last", "sandwich"))):
+            if getattr(config, name) not in known:
+                raise InputError(f"{name}={getattr(config, name)} is not one of {', '.join(map(str, known))}")
         self.config = config
         V, C = vocab_size or get_tokenizer(config.tokenizer).vocab_size, config.n_embd
         self.emb = nn.Embedding(V, C)
@@ -837,7 +988,7 @@ class ModRWKV(nn.Module):
         """Samples of segments to one padded batch.
 
         Returns: x (B, T, C), padded on the right; labels (B, T), the token each position has to predict,
-        -100 where none; lengths (B,).
+        -100 where none; lengths (B,); orders, what the layers take turns to gather their input by, (B, T) each, None for as it is.
         """
         device = self.emb.weight.device
         ids = torch.tensor([i for sample in samples for kind, data in sample if kind in ("text", "answer") for i in data], dtype=torch.long)
@@ -849,22 +1000,38 @@ class ModRWKV(nn.Module):
                 raise InputError(f"this model was made without an {kind} encoder")
             signals = [data for sample in samples for k, data in sample if k == kind]
             vectors[kind] = iter(self.adapter[kind](self.encoder[kind](signals)))
-        xs, labels = [], []
+        xs, labels, orders = [], [], [[] for _ in range(SCANS[self.config.scan])]
         for sample in samples:
-            x, label = [], []
+            x, label, order = [], [], [[] for _ in orders]
             for kind, data in sample:
                 x.append(next(vectors["text" if kind == "answer" else kind]))
-                label += data if kind == "answer" else [-100] * len(x[-1])
+                span = range(len(label), len(label) + len(x[-1]))
+                label += data if kind == "answer" else [-100] * len(span)
+                encoder = self.encoder[kind] if kind == "image" else None
+                ways = scan(span, self.adapter[kind].ends(encoder.length(data)), encoder.columns(data)) if encoder else [span] * 4
+                for positions, way in zip(order, ways):
+                    positions += way
             xs.append(torch.cat(x))
             labels.append(torch.tensor(label[1:] + [-100]))
+            for all_orders, positions in zip(orders, order):
+                all_orders.append(positions)
         lengths = torch.tensor([len(x) for x in xs], device=device)
-        return pad(xs), pad_sequence(labels, True, -100).to(device), lengths
+        T = max(map(len, xs))
+        orders = [torch.tensor([o + list(range(len(o), T)) for o in each], device=device) for each in orders]
+        orders = [None] + orders[1:] if "image" in vectors else [None]
+        return pad(xs), pad_sequence(labels, True, -100).to(device), lengths, orders
 
-    def hidden(self, x, state=None, lengths=None):
+    def hidden(self, x, state=None, lengths=None, orders=(None,)):
         """(B, T, C) into the blocks -> (B, T, C) out of ln_out, and the new state."""
         v_first, new = None, []
-        for block, s in zip(self.blocks, state or [(None, None, None)] * len(self.blocks)):
-            x, v_first, s = block(x, v_first, s, lengths)
+        for layer, (block, s) in enumerate(zip(self.blocks, state or [(None, None, None)] * len(self.blocks))):
+            order = orders[layer % len(orders)]
+            if order is None:
+                x, v_first, s = block(x, v_first, s, lengths)
+            else:  # the residual stream keeps its order between the layers
+                back = order.argsort(1)
+                x, v, s = block(reorder(x, order), reorder(v_first, order) if v_first is not None else None, s, lengths)
+                x = reorder(x, back)
             new.append(s)
         return self.ln_out(x), new
 
@@ -874,17 +1041,26 @@ class ModRWKV(nn.Module):
         returned, to continue from there: per layer (x_att (B, C), S (B, H, N, N), x_ffn (B, C)).
         Returns: logits (B, T, V), of no meaning beyond a sample's length, and each sample's own state.
         """
-        x, _, lengths = (self.emb(idx), None, None) if torch.is_tensor(idx) else self.fuse(idx)
-        x, state = self.hidden(x, state, lengths)
+        x, _, lengths, orders = (self.emb(idx), None, None, [None]) if torch.is_tensor(idx) else self.fuse(idx)
+        x, state = self.hidden(x, state, lengths, orders)
         return self.head(x), state
 
-    def loss(self, samples, count=None):
-        """Cross-entropy summed over the answers' tokens and divided by `count` (by default their number). Only they go through the head."""
-        x, labels, _ = self.fuse(samples)
-        x, _ = self.hidden(x)
+    def loss(self, samples, count=None, reduction="token", l2wrap=0.0):
+        """Cross-entropy of the answers' tokens; only they go through the head.
+
+        Args: reduction: "token", the sum divided by `count` (by default the number of these tokens), or "sample", the sum
+        of each sample's mean divided by `count` (by default the number of samples that have any), as VisualRWKV v6 has it;
+        l2wrap: weight of half the square of each largest logit, which keeps logits from drifting (L2Wrap, [4], explicit).
+        """
+        x, labels, _, orders = self.fuse(samples)
+        x, _ = self.hidden(x, orders=orders)
         learned = labels != -100
-        loss = F.cross_entropy(self.head(x[learned]).float(), labels[learned], reduction="sum")
-        return loss / (count or learned.sum().clamp(min=1))
+        logits = self.head(x[learned]).float()
+        losses = F.cross_entropy(logits, labels[learned], reduction="none") + l2wrap / 2 * logits.max(-1).values ** 2
+        if reduction == "sample":
+            losses = losses / learned.sum(1, keepdim=True).expand_as(labels)[learned]
+        units = learned.sum() if reduction == "token" else learned.any(1).sum()
+        return losses.sum() / (count or units.clamp(min=1))
 
     # -- generate --
 
@@ -904,8 +1080,8 @@ class ModRWKV(nn.Module):
         device, B = self.emb.weight.device, len(samples)
         rngs = [torch.Generator(device).manual_seed(seed) for _ in samples]
         decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in samples]
-        x, _, lengths = self.fuse(samples)
-        x, state = self.hidden(x, state, lengths)
+        x, _, lengths, orders = self.fuse(samples)
+        x, state = self.hidden(x, state, lengths, orders)
         x = x[torch.arange(B, device=device), lengths - 1]
         held, done = [""] * B, [False] * B  # text held back: it may be the start of the template's end
         for step in range(max_new_tokens):
@@ -947,11 +1123,11 @@ def pick(logits, temperature, top_k, top_p, generator):
 
 def parameter_groups(model, weight_decay):
     """AdamW groups as the official ones ([4], configure_optimizers): decay on matrices named `.weight` only,
-    twice the learning rate on att.w0. Each group's learning rate is to be multiplied by its "lr_scale"."""
+    twice the learning rate on the decays, att.w0 and att.time_decay. Each group's learning rate is to be multiplied by its "lr_scale"."""
     groups = {"decay": [], "w0": [], "rest": []}
     for name, p in model.named_parameters():
         matrix = name.endswith(".weight") and sum(n > 1 for n in p.shape) >= 2
-        groups["w0" if name.endswith("att.w0") else "decay" if matrix else "rest"].append(p)
+        groups["w0" if name.endswith(("att.w0", "att.time_decay")) else "decay" if matrix else "rest"].append(p)
     return [
         {"params": groups["decay"], "weight_decay": weight_decay, "lr_scale": 1.0},
         {"params": groups["w0"], "weight_decay": 0.0, "lr_scale": 2.0},
@@ -959,12 +1135,21 @@ def parameter_groups(model, weight_decay):
     ]
 
 
-def freeze(model, phase):
-    """The papers' two phases: "adapter" trains adapters and encoders without pretrained weights, "all" the language model too."""
+def freeze(model, phase, names=""):
+    """The papers' two phases: "adapter" trains adapters and encoders without pretrained weights, "all" the language model too.
+
+    names: more to be frozen, as beginnings of parameter names separated by commas: "emb", "blocks.0,blocks.1", "adapter".
+    """
+    names = [name for name in names.split(",") if name]
+    starts = lambda parameter, name: parameter == name or parameter.startswith(name + ".")
+    for name in names:
+        if not any(starts(parameter, name) for parameter, _ in model.named_parameters()):
+            raise InputError(f"--freeze: no parameter is called {name} or {name}...")
     for name, p in model.named_parameters():
         part = name.split(".")[0]
         pretrained = part == "encoder" and getattr(model.encoder[name.split(".")[1]], "pretrained", False)
-        p.requires_grad_(not pretrained and (phase == "all" or part in ("encoder", "adapter")))
+        frozen = pretrained or any(starts(name, n) for n in names)
+        p.requires_grad_(not frozen and (phase == "all" or part in ("encoder", "adapter")))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1007,17 +1192,21 @@ def read_checkpoint(path):
 def build(data, path, **changes):
     """The model of read_checkpoint's contents; sizes are read off the tensors, `changes` go into its config."""
     weights = {name: x for name, x in data["model"].items() if not re.match(r"blocks\.0\.att\.v[012]", name)}  # unused there
-    for name in ("emb.weight", "blocks.0.att.r_k", "blocks.0.att.w1", "blocks.0.ffn.key.weight"):
+    rwkv = 6 if "blocks.0.att.time_maa_x" in weights else 5 if "blocks.0.att.time_mix_k" in weights else 7
+    heads = "blocks.0.att.r_k" if rwkv == 7 else "blocks.0.att.time_faaaa"
+    own = {5: "time_decay", 6: "time_decay_w1", 7: "w1"}[rwkv]
+    for name in ("emb.weight", heads, f"blocks.0.att.{own}", "blocks.0.ffn.key.weight"):
         if name not in weights:
-            raise InputError(f"{path} is not an RWKV-7 checkpoint: it has no {name}")
+            raise InputError(f"{path} is not an RWKV-{rwkv} checkpoint: it has no {name}")
         if not torch.is_tensor(weights[name]) or weights[name].dim() != 2:
-            raise InputError(f"{path} is not an RWKV-7 checkpoint: {name} is not a matrix")
+            raise InputError(f"{path} is not an RWKV-{rwkv} checkpoint: {name} is not a matrix")
     config = {k: v for k, v in data["config"].items() if k in Config.__dataclass_fields__} | changes
     V, config["n_embd"] = weights["emb.weight"].shape
     config["n_layer"] = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
-    config["head_size"] = weights["blocks.0.att.r_k"].shape[1]
-    lora = lambda name: weights[name].shape[1] if name in weights else 0
-    ranks = {name: lora(f"blocks.{min(1, config['n_layer'] - 1) if name == 'v' else 0}.att.{name}1") for name in "wavg"}
+    config["head_size"], config["rwkv"] = weights[heads].shape[1], rwkv
+    rank = lambda name: weights[name].shape[1] if name in weights else 0
+    ranks = {name: rank(f"blocks.{min(1, config['n_layer'] - 1) if name == 'v' else 0}.att.{name}1") for name in "wavg"}
+    ranks |= {"maa": rank("blocks.0.att.time_maa_w2"), "decay": rank("blocks.0.att.time_decay_w1")}
     model = ModRWKV(Config(**config), V, ranks, weights["blocks.0.ffn.key.weight"].shape[0])
     own, new = model.state_dict(), ()
     if not any(name.startswith("encoder.") for name in weights):  # a language model may be given eyes
@@ -1039,51 +1228,3 @@ def load(path, device="cpu", **changes):
     Raises InputError if the file cannot be read or does not fit, naming what is missing or too much.
     """
     return build(read_checkpoint(path), path, **changes).to(device).eval()
-
-
-# ----------------------------------------------------------------------------------------------
-# 10. Flags of train.py and sample.py
-
-
-def find_device(name):
-    """The torch.device of a --device flag; auto takes a GPU where there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as e:  # torch built without CUDA asserts
-        raise InputError(f"--device={name} cannot be used here: {str(e).splitlines()[0]}") from e
-    return torch.device(name)
-
-
-def flags(about, *classes, argv=None):
-    """Command-line flags for the fields of dataclasses, made with `setting`.
-
-    Returns: an instance of each class, and the set of the names that were given.
-    """
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            self.exit(2, f"error: {message}; see --help\n")
-
-    def boolean(text):
-        if text.lower() not in ("true", "1", "yes", "false", "0", "no"):
-            raise ValueError
-        return text.lower() in ("true", "1", "yes")
-
-    parser = Parser(usage="python %(prog)s [--name=value ...]", description=about, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for cls in classes:
-        group = parser.add_argument_group(cls.__doc__)
-        for field in dataclasses.fields(cls):
-            kind = boolean if field.type is bool else field.type
-            bare = {"nargs": "?", "const": True} if field.type is bool else {}
-            text = f"{field.metadata['help']} [{field.default}]".replace("%", "%%")
-            name = {int: "INT", float: "FLOAT", bool: "BOOL", str: "TEXT"}[field.type]
-            group.add_argument(f"--{field.name}", type=kind, default=argparse.SUPPRESS, metavar=name, help=text, **bare)
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        name = unknown[0].split("=")[0]
-        near = difflib.get_close_matches(name.lstrip("-"), [f.name for cls in classes for f in dataclasses.fields(cls)], 1)
-        parser.error(f"there is no {name}" + (f": did you mean --{near[0]}?" if near else ""))
-    given = vars(given)
-    return *(cls(**{f.name: given[f.name] for f in dataclasses.fields(cls) if f.name in given}) for cls in classes), set(given)

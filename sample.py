@@ -6,6 +6,9 @@
     python sample.py --out_dir=plays --raw --prompt="ROMEO:"
 """
 
+import argparse
+import dataclasses
+import difflib
 import json
 import os
 import re
@@ -13,9 +16,10 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 
+import torch
 from tqdm import tqdm
 
-from modrwkv import MARK, InputError, find_device, flags, get_tokenizer, load, read_records, record_media, record_turns, setting
+from modrwkv import MARK, InputError, get_tokenizer, load, read_records, record_media, record_turns, setting
 
 
 @dataclass
@@ -36,6 +40,50 @@ class Sample:
     batch_size: int = setting(64, "questions answered at once with --eval")
     tokenizer: str = setting("", "instead of the checkpoint's, e.g. rwkv_vocab_v20230424.txt for an official .pth")
     device: str = setting("auto", "auto, cpu, cuda, mps")
+
+
+def find_device(name):
+    """The torch.device of a --device flag; auto takes a GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as e:  # torch built without CUDA asserts
+        raise InputError(f"--device={name} cannot be used here: {str(e).splitlines()[0]}") from e
+    return torch.device(name)
+
+
+def flags(about, *classes, argv=None):
+    """Command-line flags for the fields of dataclasses, made with `setting`.
+
+    Returns: an instance of each class, and the set of the names that were given.
+    """
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            self.exit(2, f"error: {message}; see --help\n")
+
+    def boolean(text):
+        if text.lower() not in ("true", "1", "yes", "false", "0", "no"):
+            raise ValueError
+        return text.lower() in ("true", "1", "yes")
+
+    parser = Parser(usage="python %(prog)s [--name=value ...]", description=about, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for cls in classes:
+        group = parser.add_argument_group(cls.__doc__)
+        for field in dataclasses.fields(cls):
+            kind = boolean if field.type is bool else field.type
+            bare = {"nargs": "?", "const": True} if field.type is bool else {}
+            text = f"{field.metadata['help']} [{field.default}]".replace("%", "%%")
+            name = {int: "INT", float: "FLOAT", bool: "BOOL", str: "TEXT"}[field.type]
+            group.add_argument(f"--{field.name}", type=kind, default=argparse.SUPPRESS, metavar=name, help=text, **bare)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].split("=")[0]
+        near = difflib.get_close_matches(name.lstrip("-"), [f.name for cls in classes for f in dataclasses.fields(cls)], 1)
+        parser.error(f"there is no {name}" + (f": did you mean --{near[0]}?" if near else ""))
+    given = vars(given)
+    return *(cls(**{f.name: given[f.name] for f in dataclasses.fields(cls) if f.name in given}) for cls in classes), set(given)
 
 
 def ask(model, records, batch_size=64, **how):

@@ -4,6 +4,8 @@ then the scripts as a user runs them."""
 import contextlib
 import ctypes
 import dataclasses
+import functools
+import importlib.util
 import io
 import itertools
 import json
@@ -20,7 +22,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -733,6 +735,68 @@ def test_logits_are_those_of_the_official_package(official, tmp_path, n_layer, C
             assert distance(x[0], want) < 1e-5
 
 
+def weights_of(rwkv, n_layer, C, V=300, N=64, seed=0):
+    """An official checkpoint of RWKV-5.2 or RWKV-6, every tensor random, some decays near 0, the logits of order 2."""
+    g = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: torch.randn(*shape, generator=g)
+    uniform = lambda low, high, *shape: low + (high - low) * torch.rand(*(shape or (1, 1, C)), generator=g)
+    matrix = lambda rows, columns: normal(rows, columns) / columns**0.5
+    norm = lambda name: {f"{name}.weight": 1 + 0.2 * normal(C), f"{name}.bias": 0.2 * normal(C)}
+    F_ = int(3.5 * C) // 32 * 32
+    z = {"emb.weight": normal(V, C), "head.weight": 2 * matrix(V, C), **norm("ln_out"), **norm("blocks.0.ln0")}
+    shift = "mix" if rwkv == 5 else "maa"
+    for i in range(n_layer):
+        att, ffn = f"blocks.{i}.att.", f"blocks.{i}.ffn."
+        z |= norm(f"blocks.{i}.ln1") | norm(f"blocks.{i}.ln2") | norm(att + "ln_x")
+        z |= {att + f"time_{shift}_{s}": uniform(0, 1) for s in ("kvrg" if rwkv == 5 else "xwkvrg")}
+        z |= {ffn + f"time_{shift}_{s}": uniform(0, 1) for s in "kr"}
+        z |= {att + "time_faaaa": normal(C // N, N)}
+        if rwkv == 5:
+            z |= {att + "time_decay": uniform(-6, 3, C // N, N)}
+        else:
+            z |= {att + "time_decay": uniform(-6, 3), att + "time_decay_w1": matrix(C, 24), att + "time_decay_w2": normal(24, C) / 5}
+            z |= {att + "time_maa_w1": normal(C, 5 * 16) / C**0.5, att + "time_maa_w2": normal(5, 16, C) / 8}
+        z |= {att + f"{s}.weight": matrix(C, C) for s in ("receptance", "key", "value", "gate", "output")}
+        z |= {ffn + "key.weight": matrix(F_, C), ffn + "value.weight": matrix(C, F_), ffn + "receptance.weight": matrix(C, C)}
+    return z
+
+
+@pytest.fixture(scope="session")
+def official_before_7():
+    """The class of the package `rwkv` for the generations before 7: a flag read at import decides which it is."""
+    before, os.environ["RWKV_V7_ON"] = os.environ.get("RWKV_V7_ON"), "0"
+    os.environ.update(RWKV_JIT_ON="0", RWKV_CUDA_ON="0")
+    spec = importlib.util.find_spec("rwkv.model")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if before is not None:
+        os.environ["RWKV_V7_ON"] = before
+    return lambda path: module.RWKV(path, "cpu fp32", verbose=False)
+
+
+@pytest.mark.parametrize("rwkv", [5, 6])
+@pytest.mark.parametrize("n_layer,C", [(1, 64), (3, 128)])
+@torch.no_grad()
+def test_logits_of_earlier_generations_are_the_official_ones(official_before_7, tmp_path, rwkv, n_layer, C):
+    torch.save(weights_of(rwkv, n_layer, C), tmp_path / "x.pth")
+    theirs, ours = official_before_7(str(tmp_path / "x")), load(tmp_path / "x.pth")
+    assert ours.config.rwkv == rwkv
+    tokens = torch.randint(300, (40,), generator=torch.Generator().manual_seed(7))
+    exact, _ = theirs.forward(tokens.tolist(), None, full_output=True)
+    assert 1 < exact.std() < 5
+    logits, _ = ours(tokens[None])
+    steps, state, exact_steps, exact_state = [], None, [], None
+    for t in tokens:
+        z, state = ours(t.view(1, 1), state)
+        steps.append(z[0, 0])
+        z, exact_state = theirs.forward([t.item()], exact_state)
+        exact_steps.append(z.clone())
+    for got, want in itertools.product((logits[0], torch.stack(steps)), (exact, torch.stack(exact_steps))):
+        error = (got - want).abs().amax(-1)
+        assert error[0] < 1e-2
+        assert error[1:].max() < 1e-4
+
+
 def test_official_checkpoint_is_found_out_from_its_tensors(tmp_path):
     weights = official_weights(3, 128, N=32, ranks=(8, 16, 24, 40))
     torch.save(weights, tmp_path / "x.pth")
@@ -942,7 +1006,7 @@ def test_pictures_stand_where_they_were_put(model):
     before, after = [text("ab"), B], [A, text("c")]
     batches = [[before, segments, after] for segments in ([A, t1, B, t2], [B, t1, A, t2], [t1, A, B, t2], [t2, t1, B, A], [A, A, t1])]
     for batch in [*batches, [[A], [B]]]:  # the last one has no text
-        x, _, lengths = model.fuse(batch)
+        x, _, lengths, _ = model.fuse(batch)
         want = torch.cat([vectors[id(s)] for s in batch[1]])
         assert lengths[1] == len(want)
         assert distance(x[1, : lengths[1]], want) < 1e-12
@@ -1123,6 +1187,163 @@ def test_pick_has_the_right_distribution(how, want):
     assert abs(got - want).max() < 0.05  # nearly four standard deviations
 
 
+# ---------------------------------------------------------------------------------------------- scanning, prompts, losses, freezing
+
+
+def test_scan_orders_of_a_grid():
+    span = range(10, 22)  # 3 rows of 4
+    forward, backward, down, up = map(list, modrwkv.scan(span, range(12), 4))
+    assert forward == list(span) and backward == forward[::-1] and up == down[::-1]
+    assert np.array_equal(np.array(down).reshape(4, 3), np.arange(10, 22).reshape(3, 4).T)
+    ends = Adapter(8, 8, 1, 3, 2).ends(12)  # 1, 3, 5, ...: the second and last column of each row
+    assert list(ends) == [1, 3, 5, 7, 9, 11]
+    assert list(modrwkv.scan(range(6), ends, 4)[2]) == [0, 2, 4, 1, 3, 5]
+    assert list(modrwkv.scan(range(4), range(4), 4)[2]) == [0, 1, 2, 3]  # one row: down is forward
+
+
+@pytest.mark.parametrize("kernel,stride", [(0, 1), (3, 2), (6, 2), (4, 3)])
+@pytest.mark.parametrize("n", [1, 2, 5, 12])
+def test_windows_end_where_the_adapter_says(kernel, stride, n):
+    adapter = randomise(Adapter(4, 8, 8, kernel, stride)).double()
+    x = torch.randn(n, 4, dtype=torch.double).requires_grad_()
+    [y] = adapter([x])
+    ends = adapter.ends(n)
+    assert len(ends) == len(y) == adapter.length(n)
+    for vector, end in zip(y, ends):
+        [g] = torch.autograd.grad(vector.sum(), x, retain_graph=True)
+        assert g[end].any() and not g[end + 1 :].any()
+
+
+def scanner(rwkv, scan, kernel=0, n_layer=5):
+    config = dataclasses.replace(SMALL, rwkv=rwkv, scan=scan, n_layer=n_layer, patch_height=8, conv_kernel=kernel)
+    return randomise(ModRWKV(config)).double()
+
+
+SCANNERS = functools.cache(scanner)
+
+
+@pytest.mark.parametrize("rwkv", [5, 6, 7])
+@pytest.mark.parametrize("scan", ["uni", "bi", "multi"])
+@torch.no_grad()
+def test_layers_read_pictures_in_turns(rwkv, scan):
+    """Against blocks that are given each sample by itself, its picture's vectors turned round before and back after."""
+    model = SCANNERS(rwkv, scan)
+    samples = [[text("a"), picture(1, 3), text("bc"), picture(2, 2), text("d")], [picture(3, 4), text("efg")]]
+    logits, _ = model(samples)
+    for got, segments in zip(logits, samples):
+        x = model.fuse([segments])[0]
+        v_first, at = None, 0
+        grids = []
+        for kind, data in segments:
+            n = len(data) if kind == "text" else model.length([(kind, data)])
+            if kind == "image":
+                grids.append((at, n, data.shape[2] // 8))
+            at += n
+        for layer, block in enumerate(model.blocks):
+            direction = {"uni": "f", "bi": "fb", "multi": "fbdu"}[scan]
+            direction = direction[layer % len(direction)]
+
+            def turned(x, back=False):
+                x = x.clone()
+                for at, n, columns in grids:
+                    part = x[:, at : at + n]
+                    if direction in "bu" and back:
+                        part = part.flip(1)
+                    if direction in "du":
+                        shape = (columns, n // columns) if back else (n // columns, columns)
+                        part = part.unflatten(1, shape).transpose(1, 2).flatten(1, 2)
+                    if direction in "bu" and not back:
+                        part = part.flip(1)
+                    x[:, at : at + n] = part
+                return x
+
+            y, v, _ = block(turned(x), None if v_first is None else turned(v_first), (None, None, None), None)
+            x = turned(y, back=True)
+            if layer == 0:
+                v_first = v
+        assert distance(got[: x.shape[1]], model.head(model.ln_out(x))[0]) < 1e-9
+
+
+@trials(15)
+@given(
+    rwkv=st.sampled_from([5, 6, 7]), scan=st.sampled_from(["uni", "bi", "multi"]), kernel=st.sampled_from([0, 3]),
+    plans=st.lists(st.lists(st.sampled_from([1, 2, 3, -1, -3]), min_size=1, max_size=4), min_size=1, max_size=3), seed=SEEDS,
+)
+@torch.no_grad()
+def test_prefill_and_decoding_are_the_full_pass(rwkv, scan, kernel, plans, seed):
+    """A ragged batch with pictures anywhere, each sample cut between its segments, then token by token."""
+    model = SCANNERS(rwkv, scan, kernel)
+    samples = []
+    for i, plan in enumerate(plans):
+        samples.append([picture(seed % 1000 + j, n) if n > 0 else text("xyz"[: -n]) for j, n in enumerate(plan)] + [text("end")])
+    batched, batch_state = model(samples)
+    for i, segments in enumerate(samples):
+        whole, state = model([segments])
+        n = whole.shape[1]
+        assert distance(batched[i, :n], whole[0]) < 1e-6
+        for got, want in zip(batch_state, state):
+            assert all(distance(x[i], y[0]) < 1e-6 for x, y in zip(got, want))
+        parts, s = [], None
+        for segment in segments[:-1]:
+            z, s = model([[segment]], s)
+            parts.append(z)
+        for token in segments[-1][1]:
+            z, s = model(torch.tensor([[token]]), s)
+            parts.append(z)
+        assert distance(torch.cat(parts, 1), whole) < 1e-6
+        for got, want in zip(s, state):
+            assert all(distance(x, y) < 1e-6 for x, y in zip(got, want))
+
+
+@pytest.mark.parametrize("style,want", [
+    ("written", "User: Look:\n<image>\nWhat is it?\n\nAssistant:[ A cat.\n\n]User: Which colour?\n\nAssistant:[ Grey.\n\n]"),
+    ("first", "User: <image>\nLook:\n\nWhat is it?\n\nAssistant:[ A cat.\n\n]User: Which colour?\n\nAssistant:[ Grey.\n\n]"),
+    ("last", "User: Look:\n\nWhat is it?\n<image>\n\nAssistant:[ A cat.\n\n]User: Which colour?\n\nAssistant:[ Grey.\n\n]"),
+    ("sandwich", "User: Look:\n\nWhat is it?\nWhich colour?\n<image>\nLook:\n\nWhat is it?\n\nAssistant:[ A cat.\n\n]"
+     "User: Which colour?\n\nAssistant:[ Grey.\n\n]"),
+])
+def test_prompt_styles(style, want):
+    turns = [("Look:\n<image>\nWhat is it?", "A cat."), ("Which colour?", "Grey.")]
+    want = want.replace("Look:\n\nWhat", "Look:\nWhat")  # an empty line would end the turn
+    segments = conversation(dataclasses.replace(SMALL, prompt_style=style), turns, iter([picture(0)]))
+    assert spell(segments) == want
+
+
+def test_prompt_styles_of_several_pictures_and_short_answers():
+    config = lambda style: dataclasses.replace(SMALL, prompt_style=style)
+    ask = lambda style, *turns: spell(conversation(config(style), [(q, None) for q in turns], iter([picture(i) for i in range(2)])))
+    short = "Answer the question using a single word or phrase."
+    assert ask("sandwich", f"<image>\nSame as <image>?\n{short}") == f"User: Same as ?\n<image>\n<image>\nSame as ?\n{short}\n\nAssistant:"
+    assert ask("first", "Same as <image> or <image>?") == "User: <image>\n<image>\nSame as  or ?\n\nAssistant:"
+    assert ask("sandwich", "No picture?") == "User: No picture?\n\nAssistant:"
+
+
+def test_loss_reductions_and_l2wrap(model):
+    samples = [[text("ab"), ("answer", codes("cdef"))], [text("a"), ("answer", codes("b"))], [text("only")]]
+    with torch.no_grad():
+        logits, _ = model(samples)
+    learned = ((logits[0, 1:5], "cdef"), (logits[1, 0:1], "b"))
+    ce = [F.cross_entropy(z.float(), torch.tensor(codes(string)), reduction="none") for z, string in learned]
+    assert model.loss(samples).item() == pytest.approx(torch.cat(ce).mean().item(), rel=1e-5)
+    assert model.loss(samples, reduction="sample").item() == pytest.approx((ce[0].mean() + ce[1].mean()).item() / 2, rel=1e-5)
+    assert model.loss(samples, 7, "sample").item() == pytest.approx((ce[0].mean() + ce[1].mean()).item() / 7, rel=1e-5)
+    largest = torch.cat([logits[0, 1:5], logits[1, 0:1]]).float().max(-1).values
+    wrap = (model.loss(samples, l2wrap=0.1) - model.loss(samples)).item()
+    assert wrap == pytest.approx((0.05 * largest**2).mean().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("names,frozen", [
+    ("emb", ["emb.weight"]), ("blocks.0", ["blocks.0.att.r_k", "blocks.0.ln0.weight"]), ("adapter,head", ["adapter.image.conv.weight", "head.weight"]),
+])
+def test_freezing_by_name(names, frozen):
+    model = ModRWKV(SMALL)
+    modrwkv.freeze(model, "all", names)
+    still = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert set(frozen) <= still and all(any(n == x or n.startswith(x + ".") for x in names.split(",")) for n in still)
+    assert "no parameter is called blocks.7" in refusal(modrwkv.freeze, model, "all", "blocks.7")
+    assert "rwkv=4 is not one of 5, 6, 7" in refusal(ModRWKV, dataclasses.replace(SMALL, rwkv=4))
+
+
 # ---------------------------------------------------------------------------------------------- checkpoints and flags
 
 
@@ -1230,7 +1451,7 @@ RIGHT |= {"--resume=1": {"resume": True}, "--resume yes": {"resume": True}, "--r
 
 @pytest.mark.parametrize("line", RIGHT)
 def test_flags(line):
-    config, settings, names = modrwkv.flags("about", Config, train.Train, argv=[*shlex.split(line), "--n_layer=5", "--image_trim=no"])
+    config, settings, names = sample.flags("about", Config, train.Train, argv=[*shlex.split(line), "--n_layer=5", "--image_trim=no"])
     assert settings == dataclasses.replace(train.Train(), **RIGHT[line])
     assert config == dataclasses.replace(Config(), n_layer=5, image_trim=False)
     assert names == {*RIGHT[line], "n_layer", "image_trim"}
@@ -1244,7 +1465,7 @@ WRONG |= {"--see=4": "--see --seed"}  # no abbreviations: a typo must not set so
 @pytest.mark.parametrize("line", WRONG)
 def test_wrong_flags(capsys, line):
     with pytest.raises(SystemExit) as e:
-        modrwkv.flags("about", Config, train.Train, argv=line.split())
+        sample.flags("about", Config, train.Train, argv=line.split())
     message = capsys.readouterr().err
     assert e.value.code == 2 and all(word in message for word in WRONG[line].split()) and message.count("\n") == 1
 
@@ -1252,7 +1473,7 @@ def test_wrong_flags(capsys, line):
 def test_help_lists_every_flag(capsys):
     odd = dataclasses.make_dataclass("Odd", [("rate", float, modrwkv.setting(0.5, "in % of something"))])
     with pytest.raises(SystemExit) as e:
-        modrwkv.flags("what it is about", Config, train.Train, odd, argv=["--help"])
+        sample.flags("what it is about", Config, train.Train, odd, argv=["--help"])
     out = " ".join(capsys.readouterr().out.split())
     assert e.value.code == 0 and "what it is about" in out
     for field in [field for cls in (Config, train.Train, odd) for field in dataclasses.fields(cls)]:
@@ -1345,6 +1566,133 @@ def test_shakespeare_from_a_bad_file(content, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="^error: .*play.txt"):
         prepare(monkeypatch, "shakespeare", tmp_path / "play.txt", f"--out={tmp_path}")
     assert not list(tmp_path.glob("*.jsonl"))
+
+
+def outline(shape):
+    """Points evenly spread over a shape of area 1 around its centroid, from its geometry."""
+    y, x = (np.mgrid[:60, :60] + 0.5) / 30 - 1
+    if shape == "star":
+        turn = np.radians(np.abs((np.degrees(np.arctan2(x, -y)) + 36) % 72 - 36))  # from the nearest tip, which is at (1, 0)
+        notch = 0.39 * np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)])
+        inside = (notch[0] - 1) * np.hypot(x, y) * np.sin(turn) - notch[1] * (np.hypot(x, y) * np.cos(turn) - 1) > 0
+    else:
+        triangle = (y < 0.5) & (abs(x) < (y + 1) / np.sqrt(3))
+        inside = {"circle": x**2 + y**2 < 1, "square": x < 2, "triangle": triangle, "cross": np.minimum(abs(x), abs(y)) < 1 / 3}[shape]
+    points = np.stack([y[inside], x[inside]])
+    return (points - points.mean(1, keepdims=True)) / np.sqrt(inside.mean() * 4)
+
+
+OUTLINES = {shape: outline(shape) for shape in ("circle", "square", "triangle", "star", "cross")}
+
+
+def look(path):
+    """{(row, column): (colour, shape)} from the pixels of a picture alone."""
+    with Image.open(path) as image:
+        assert image.format == "PNG" and image.mode == "RGB" and image.size == (48, 48)
+        pixels = np.asarray(image).astype(int)
+    things = {}
+    for row in range(3):
+        for column in range(3):
+            cell = pixels[16 * row + 1 : 16 * row + 15, 16 * column + 1 : 16 * column + 15]
+            far = np.abs(cell - cell[0, 0]).max(2)
+            if far.max() < 60:
+                continue
+            r, g, b = np.median(cell[far > 0.8 * far.max()], 0)
+            colour = "black" if max(r, g, b) < 100 else "yellow" if r > 150 and g > 120 else "red" if r > 150 else "blue" if b > 150 else "green"
+            ink = far / far.max()  # how much of each pixel is covered
+            centre = [[(ink * at).sum() / ink.sum()] for at in np.mgrid[:14, :14] + 0.5]
+
+            def misfit(shape):
+                y, x = (OUTLINES[shape] * np.sqrt(ink.sum()) + centre).astype(int).clip(0, 13)
+                covered = np.bincount(14 * y + x, minlength=196) / len(x) * ink.sum()
+                return np.abs(covered - ink.ravel()).sum()
+
+            things[row, column] = colour, min(OUTLINES, key=misfit)
+    return things
+
+
+def pairings(question, things):
+    """The answer that the picture gives, and the pairings that the question is about."""
+    cells = {f"{down} {right}": (i, j) for i, down in enumerate(("top", "middle", "bottom")) for j, right in enumerate(("left", "centre", "right"))}
+
+    def only(test):
+        [cell] = [cell for cell, thing in things.items() if test(thing)]  # unambiguous
+        return cell
+
+    def side(name, cell, other):
+        return {"left of": cell[1] - other[1], "right of": other[1] - cell[1], "above": cell[0] - other[0], "below": other[0] - cell[0]}[name]
+
+    question = re.sub("(?<=s)es\\b", "", question.removeprefix("<image>\n"))  # crosses
+    question = re.sub("(circle|square|triangle|star)s", r"\1", question)
+    if m := re.fullmatch("What (colour|shape) is (.*)\\?", question):
+        if m[2] in cells:
+            thing = things[cells[m[2]]]
+            return thing[m[1] == "shape"], [thing]
+    if m := re.fullmatch("Where is the (\\w+) (\\w+)\\?", question):
+        return {cell: name for name, cell in cells.items()}[only(lambda thing: thing == m.groups())], [m.groups()]
+    if m := re.fullmatch("How many (\\w+) (\\w+)\\?", question):
+        return str([*things.values()].count(m.groups())), [m.groups()]
+    if m := re.fullmatch("What is just (\\w+(?: of)?) the (\\w+) (\\w+)\\?", question):
+        here = only(lambda thing: thing == (m[2], m[3]))
+        [there] = [cell for cell in things if side(m[1], here, cell) == 1 and sum(a != b for a, b in zip(here, cell)) == 1]
+        return things[there][1], [(m[2], m[3]), (m[1], m[3])]
+    if m := re.fullmatch("How many (\\w+) (\\w+) are (\\w+(?: of)?) the (\\w+)\\?", question):
+        here = only(lambda thing: thing[1] == m[4])
+        assert m[2] != m[4]
+        return str(sum(thing == (m[1], m[2]) and side(m[3], here, cell) > 0 for cell, thing in things.items())), [(m[1], m[2]), (m[3], m[4])]
+    raise AssertionError(question)
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes")
+    assert run([REPO / "data/shapes/prepare.py", "--pictures=400", f"--out={folder}"], cwd=folder).returncode == 0
+    return folder
+
+
+def test_shapes_are_a_function_of_the_seed(shapes, tmp_path, monkeypatch):
+    first = contents(shapes)
+    assert len(first) == 2 + 400 + 50
+    prepare(monkeypatch, "shapes", "--pictures=400", f"--out={tmp_path}")
+    assert contents(tmp_path) == first
+    prepare(monkeypatch, "shapes", "--pictures=400", "--seed=2", f"--out={tmp_path}")  # into the same folder: nothing old stays
+    other = contents(tmp_path)
+    assert other.keys() == first.keys() and other["train.jsonl"] != first["train.jsonl"] and other["val.jsonl"] != first["val.jsonl"]
+
+
+def test_shapes_answers_are_true_and_pairings_are_held_out(shapes):
+    """Every answer again, from the pixels; and what val is about is not drawn or not asked about in train."""
+    drawn, about, names = defaultdict(set), defaultdict(list), {"train": 3 * 400, "val": 50}
+    for name, n in names.items():
+        records = read_records(shapes / f"{name}.jsonl")
+        assert len(records) == n and len({r["id"] for r in records}) == n
+        assert {len(r["conversations"]) for r in records} == ({2, 4} if name == "train" else {2})
+        assert {r["task"] for r in records} == {"colour", "shape", "position", "count", "relation"}
+        for r in records:
+            [(_, path)] = modrwkv.record_media(r)
+            things = look(path)
+            drawn[name] |= set(things.values())
+            assert 1 <= len(things) <= 5 and r["level"] >= 1
+            for question, answer in modrwkv.record_turns(r):
+                truth, pairs = pairings(question, things)
+                assert answer == truth, (path, question)
+                about[name].append(pairs)
+    seen = drawn["train"] | {pair for pairs in about["train"] for pair in pairs}
+    assert all(any(pair not in seen for pair in pairs) for pairs in about["val"])
+    for things in (drawn["train"], drawn["val"] - drawn["train"]):  # every colour and every shape is in both
+        assert [len({thing[i] for thing in things}) for i in (0, 1)] == [5, 5]
+    assert len(drawn["train"]) == 20 and len(drawn["val"] - drawn["train"]) == 5
+
+
+def test_shapes_cannot_be_answered_without_the_picture(shapes):
+    """The most frequent answer to each question text of one half of the records, tried on the other half."""
+    turns = [(r["task"], *modrwkv.record_turns(r)[0]) for r in read_records(shapes / "train.jsonl")]
+    answers, by_task = defaultdict(Counter), defaultdict(Counter)
+    for task, question, answer in turns[::2]:
+        answers[question][answer] += 1
+        by_task[task][answer] += 1
+    right = [(answers.get(question) or by_task[task]).most_common(1)[0][0] == answer for task, question, answer in turns[1::2]]
+    assert np.mean(right) < 0.35
 
 
 # ---------------------------------------------------------------------------------------------- train.py

@@ -35,8 +35,6 @@ from modrwkv import (
     InputError,
     ModRWKV,
     build,
-    find_device,
-    flags,
     freeze,
     parameter_groups,
     read_checkpoint,
@@ -46,7 +44,7 @@ from modrwkv import (
     save,
     setting,
 )
-from sample import ask, report, score
+from sample import ask, find_device, flags, report, score
 
 
 @dataclass
@@ -66,6 +64,9 @@ class Train:
     level_steps: int = setting(30, 'curriculum: records with a "level" above 1 join one level after another, each so many steps later')
     learning_rate: float = setting(2e-3, "peak learning rate")
     lr_final: float = setting(0.0, "learning rate after the last step")
+    loss_reduction: str = setting("token", "token: mean over the answers' tokens; sample: mean over samples of each one's own mean")
+    l2wrap: float = setting(0.0, "weight of half the square of the largest logits; 0.0001 in official training")
+    freeze: str = setting("", "parameters to leave as they are, by the beginnings of their names: emb,blocks.0,adapter")
     schedule: str = setting("wsd", "wsd: warm-up, stable, linear decay; cosine: warm-up, half a cosine; constant")
     warmup_steps: int = setting(50, "steps from zero to the peak learning rate")
     decay_fraction: float = setting(0.5, "part of the steps in which wsd decays")
@@ -80,10 +81,16 @@ class Train:
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = setting("auto", "float32, or bfloat16 under autocast; auto takes bfloat16 where the hardware has it")
     seed: int = setting(1, "of the initial weights and the order of the data")
+    ablate: str = setting("", "data, prompt or scan: train each row of that table of VisualRWKV's paper with three seeds, and print the table")
     bench: bool = setting(False, "time the recurrence and a training step on this machine, and do nothing else")
 
 
 # ---------------------------------------------------------------------------------------------- data
+
+SUITED = {  # settings of the model that suit an embedded data set, unless they are given
+    "shapes": {"image_height": 48, "patch_height": 8, "patch_width": 8, "conv_kernel": 0, "image_trim": False},
+    "shakespeare": {"image_encoder": "none"},
+}
 
 
 def find_data(names, val):
@@ -206,12 +213,12 @@ def precision(dtype, device):
 class Loss(torch.nn.Module):
     """DistributedDataParallel wraps a forward: here it is the loss."""
 
-    def __init__(self, model):
+    def __init__(self, model, settings):
         super().__init__()
-        self.model = model
+        self.model, self.settings = model, settings
 
     def forward(self, samples, count):
-        return self.model.loss(samples, count)
+        return self.model.loss(samples, count, self.settings.loss_reduction, self.settings.l2wrap)
 
 
 def say(*words):
@@ -279,6 +286,37 @@ def bench(device):
             say(f"  {way:14}{ms:8.1f} ms {medians['wkv7_loop'] / ms:6.1f} x")
 
 
+ABLATIONS = {  # VisualRWKV's tables 1, 3 and 4: generation, scan and prompt style of each row
+    "data": ((5, "uni", "first"), (6, "uni", "first"), (6, "bi", "sandwich"), (7, "bi", "sandwich")),
+    "prompt": ((6, "bi", "first"), (6, "bi", "last"), (6, "bi", "sandwich")),
+    "scan": ((6, "uni", "sandwich"), (6, "bi", "sandwich"), (6, "multi", "sandwich")),
+}
+
+
+def ablate(s, argv):
+    """Trains each row of a table with three seeds, in processes of their own, into folders of out_dir, and prints the table.
+    A row that is there already is not trained again, one that was stopped goes on."""
+    if s.ablate not in ABLATIONS:
+        raise InputError(f"--ablate={s.ablate} is not one of {', '.join(ABLATIONS)}")
+    common, rows = [flag for flag in argv if not flag.startswith(("--ablate", "--out_dir", "--seed"))], {}
+    for rwkv, scan, style in ABLATIONS[s.ablate]:
+        for seed in (1, 2, 3):
+            folder = os.path.join(s.out_dir, f"{s.data}_rwkv{rwkv}_{scan}_{style}_{seed}")
+            log = os.path.join(folder, "log.jsonl")
+            own = [f"--rwkv={rwkv}", f"--scan={scan}", f"--prompt_style={style}", f"--seed={seed}", f"--out_dir={folder}"]
+            own += ["--resume"] if os.path.exists(os.path.join(folder, "ckpt.pt")) else []
+            if not os.path.exists(log) or "tasks" not in (last := json.loads(open(log).readlines()[-1])) or last["step"] < s.max_steps:
+                if subprocess.run([sys.executable, os.path.abspath(__file__), *common, *own]).returncode:
+                    raise InputError(f"the run into {folder} did not finish: see its message above")
+                last = json.loads(open(log).readlines()[-1])
+            rows.setdefault((rwkv, scan, style), []).append({name: 100 * task["exact"] for name, task in {"all": last, **last["tasks"]}.items()})
+    names = list(next(iter(rows.values()))[0])
+    print(f"| % exact on {s.data} | {' | '.join(names)} |\n{'|---' * (len(names) + 1)}|")
+    for row, runs in rows.items():
+        scores = ([run[name] for run in runs] for name in names)
+        print(f"| RWKV-{row[0]}, {row[1]}, {row[2]} | " + " | ".join(f"{statistics.mean(x):.1f} ± {statistics.stdev(x):.1f}" for x in scores) + " |")
+
+
 def start(s, config, given):
     """(checkpoint to resume or None, settings, model), after a look at what was asked for."""
     ckpt_path = os.path.join(s.out_dir, "ckpt.pt")
@@ -306,7 +344,7 @@ def start(s, config, given):
 def main(argv=None):
     s, config, given = flags(__doc__, Train, Config, argv=argv)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    for name, known in (("phase", ("adapter", "all")), ("schedule", ("wsd", "cosine", "constant"))):
+    for name, known in (("phase", ("adapter", "all")), ("schedule", ("wsd", "cosine", "constant")), ("loss_reduction", ("token", "sample"))):
         if getattr(s, name) not in known:
             raise InputError(f"--{name}={getattr(s, name)} is not one of {', '.join(known)}")
     for name in ("max_steps", "batch_size", "grad_accum", "ctx_len", "eval_interval", "eval_samples", "save_interval"):
@@ -319,8 +357,11 @@ def main(argv=None):
 
     if s.bench:
         return bench(device)
-    if "image_encoder" not in given and s.data == "shakespeare":
-        config.image_encoder = "none"
+    if s.ablate:
+        return ablate(s, argv or sys.argv[1:])
+    for name, value in SUITED.get(s.data, {}).items():
+        if name not in given:
+            setattr(config, name, value)
     ckpt, s, model = start(s, config, given)
     if s.batch_size % (world * s.grad_accum):
         raise InputError(f"--batch_size={s.batch_size} is not a multiple of {world} process(es) x --grad_accum={s.grad_accum}")
@@ -342,7 +383,7 @@ def main(argv=None):
     say(f"data: {len(records):,} records to learn from ({', '.join(map(os.path.relpath, paths))}), {len(val):,} held out")
 
     model.to(device).train()
-    freeze(model, s.phase)
+    freeze(model, s.phase, s.freeze)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, s.weight_decay), betas=(s.beta1, s.beta2), eps=s.adam_eps, fused=device.type in ("cpu", "cuda")
     )
@@ -396,10 +437,10 @@ def main(argv=None):
         answers = ask(model, asked)
         model.train()
         result = {"val_loss": sum(a * b for a, b in zip(losses, counts)) / sum(counts), **score(asked, answers)}
-        note(step=step, **{k: v for k, v in result.items() if k != "tasks"})
+        note(step=step, **result)
         return result, asked, answers
 
-    ddp = DistributedDataParallel(Loss(model), find_unused_parameters=True) if world > 1 else Loss(model)
+    ddp = DistributedDataParallel(Loss(model, s), find_unused_parameters=True) if world > 1 else Loss(model, s)
     batches, pool = Batches(records, s, model), ThreadPoolExecutor(1)
     coming = pool.submit(batches, first, rank, world)
     bar = tqdm(range(first, s.max_steps), initial=first, total=s.max_steps, disable=rank > 0, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30)
@@ -410,7 +451,8 @@ def main(argv=None):
             micro = coming.result()
             if step + 1 < s.max_steps:
                 coming = pool.submit(batches, step + 1, rank, world)
-            counts = torch.tensor([[learned_tokens(x), model.length(x)] for batch in micro for x in batch], device=device).sum(0)
+            units = learned_tokens if s.loss_reduction == "token" else lambda sample: learned_tokens(sample) > 0
+            counts = torch.tensor([[units(x), model.length(x)] for batch in micro for x in batch], device=device).sum(0)
             if world > 1:
                 dist.all_reduce(counts)
             learned, seen = counts.tolist()
