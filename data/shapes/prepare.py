@@ -72,13 +72,13 @@ def ask(way, things, rng):
         return f"How many {others} are {side} the {shape}?", str(n), [other, (side, shape)]
 
 
-WAYS = {  # way to ask: (task, how often, level where there are up to 3 things, answers)
-    "colour": ("colour", 4, 1, COLOURS),
-    "shape": ("shape", 4, 1, SHAPES),
+WAYS = {  # way to ask: (task, how often, how much later than colours it joins a curriculum, answers)
+    "colour": ("colour", 4, 0, COLOURS),
+    "shape": ("shape", 4, 0, SHAPES),
     "position": ("position", 5, 2, PLACES),
     "count": ("count", 5, 2, "0123"),
-    "next to": ("relation", 4, 3, SHAPES),
-    "count beyond": ("relation", 2, 4, "012"),
+    "next to": ("relation", 4, 4, SHAPES),
+    "count beyond": ("relation", 2, 5, "012"),
 }
 
 
@@ -126,7 +126,7 @@ def write(out, name, n, rng, held_out):
                 pairs = ask_all(ways, things, rng, held_out, asked)
             draw(things, rng).save(os.path.join(out, name, f"{i}.png"), compress_level=1)
             for j, length in enumerate(talks, i * each):
-                level = max(WAYS[way][2] for way in ways[:length]) + (len(things) > 3)
+                level = len(things) + max(WAYS[way][2] for way in ways[:length])
                 turns = [{"from": who, "value": text} for pair in pairs[:length] for who, text in zip(("human", "gpt"), pair)]
                 turns[0]["value"] = "<image>\n" + turns[0]["value"]
                 record = {"id": f"{name}-{j}", "image": f"{name}/{i}.png", "task": WAYS[ways[0]][0], "level": level, "conversations": turns}
