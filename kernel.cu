@@ -506,23 +506,20 @@ struct Head {
     int64_t T, stride;
     const float *in[INPUTS], *v;
 
-    // The inputs of `steps` steps in one place: (B, T, H, N) would have them share few lines of the cache. Those of the segment
-    // that comes next, `next` steps away, are asked for: no machine foresees such strides.
-    void gather(float (*x)[INPUTS][N], int64_t t0, int steps, int next) const {
-        for (int t = 0; t < steps; t++) {
-            int64_t at = (t0 + t) * stride;
+    // The inputs of `steps` steps in one place: (B, T, H, N) would have them share few lines of the cache.
+    void gather(float (*x)[INPUTS][N], int64_t t0, int steps) const {
+        for (int t = 0; t < steps; t++)
             for (int i = 0; i < INPUTS; i++)
                 for (int j = 0; j < N; j += LANES) {
-                    vec value = load(in[i] + at + j);
+                    vec value = load(in[i] + (t0 + t) * stride + j);
                     store(x[t][i] + j, i == W ? exp(value) : value);  // from here on W is the decay itself
                 }
-            for (int i = 0; i < INPUTS; i++) ask_for(in[i] + at + next * stride);
-            ask_for(v + at + next * stride);
-        }
     }
 
-    static void ask_for(const float* p) {
-        for (int j = 0; j < N; j += 16) __builtin_prefetch(p + j);
+    // Asks for the inputs of a step that will be gathered next, while each block of rows computes: no machine foresees these strides.
+    void ask_for(int64_t t, int row) const {
+        for (int i = row / ROWS; i <= INPUTS; i += N / ROWS)
+            for (int j = 0; j < N; j += 16) __builtin_prefetch((i < INPUTS ? in[i] : v) + t * stride + j);
     }
 };
 
@@ -532,7 +529,7 @@ static void forward_rows(Head<N> head, int first, int last, float* state, float*
     alignas(64) float x[STEPS][INPUTS][N];
     for (int64_t t0 = 0; t0 < head.T; t0 += STEPS) {
         int steps = head.T - t0 < STEPS ? head.T - t0 : STEPS;
-        head.gather(x, t0, steps, STEPS);
+        head.gather(x, t0, steps);
         for (int row = first; row < last; row += ROWS) {
             float* S = state + row * N;
             if (kept) memcpy(kept + row * N, S, 4 * ROWS * N);
@@ -540,6 +537,7 @@ static void forward_rows(Head<N> head, int first, int last, float* state, float*
                 int64_t at = (t0 + t) * head.stride + row;
                 float v[ROWS], u[ROWS], out[ROWS];
                 memcpy(v, head.v + at, sizeof v);
+                head.ask_for(t0 + STEPS + t, row);
                 vec dot[ROWS] = {};
                 for (int j = 0; j < N; j += LANES) {
                     vec a = load(x[t][A] + j);
@@ -574,8 +572,7 @@ static void backward_rows(Head<N> head, int first, int last, const float* kept, 
     for (int64_t t0 = (head.T - 1) / STEPS * STEPS; t0 >= 0; t0 -= STEPS) {
         int steps = head.T - t0 < STEPS ? head.T - t0 : STEPS;
         const float* segment = kept + t0 / STEPS * (N + STEPS) * N;
-        head.gather(x, t0, steps, -STEPS);
-        for (int t = 0; t < STEPS; t++) head.ask_for(dy + (t0 - STEPS + t) * head.stride);
+        head.gather(x, t0, steps);
         memset(dx, 0, sizeof dx);
         for (int row = first; row < last; row += ROWS) {
             float v[STEPS][ROWS], u[STEPS][ROWS], g_y[STEPS][ROWS], g_v[STEPS][ROWS], g_u[ROWS];
@@ -584,6 +581,7 @@ static void backward_rows(Head<N> head, int first, int last, const float* kept, 
                 memcpy(v[t], head.v + (t0 + t) * head.stride + row, sizeof v[t]);
                 memcpy(u[t], segment + (N + t) * N + row, sizeof u[t]);
                 memcpy(g_y[t], dy + (t0 + t) * head.stride + row, sizeof g_y[t]);
+                head.ask_for(t0 - STEPS + t, row);
                 for (int j = 0; j < N; j += LANES) {
                     vec d = load(x[t][W] + j), k = load(x[t][K] + j), b = load(x[t][B] + j);
                     for (int i = 0; i < ROWS; i++) store(S[t + 1] + i * N + j, load(S[t] + i * N + j) * d + u[t][i] * b + v[t][i] * k);
