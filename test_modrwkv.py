@@ -1554,7 +1554,8 @@ def test_digits_answers_are_true_and_writers_are_held_out(tmp_path, monkeypatch)
         reading = r["task"] == "read" and len(turns) == 1
         assert r["level"] == len(digits) if reading else r["level"] > len(digits)  # the curriculum reads first
         with Image.open(tmp_path / r["image"]) as image:
-            assert turns[0][0].startswith("<image>\n") and image.height == 56 and image.getextrema()[0] < 100
+            assert turns[0][0].startswith("<image>\n") and image.height == 56
+            assert image.getpixel((0, 0)) == 255 and image.getextrema()[0] < 100  # black on white
     assert [{len(modrwkv.record_turns(r)) for r in part} for part in parts] == [{1, 2}, {1}]  # one question about a picture, or two
     for part in parts:
         assert {len(pictures[r["image"]]) for r in part} == {1, 2, 3, 4, 5} and len({r["id"] for r in part}) == len(part)
@@ -2074,7 +2075,7 @@ def test_two_processes_change_nothing(unequal, tmp_path):
     result = run(command, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert_equal_runs(tmp_path, out)
-    assert result.stdout.count("held-out loss") == 1  # one process speaks
+    assert result.stdout.count("2 processes") == result.stdout.count("held-out loss") == 1  # one process speaks
 
 
 # ---------------------------------------------------------------------------------------------- sample.py
