@@ -50,7 +50,7 @@ trials = lambda n: settings(max_examples=n, deadline=None, derandomize=True, dat
 
 def distance(got, exact):
     """Norm-wise relative error; below 1e-20 the exact norm counts as 1e-20."""
-    got, exact = torch.as_tensor(got).double(), torch.as_tensor(exact).double()
+    got, exact = torch.as_tensor(got).double().cpu(), torch.as_tensor(exact).double().cpu()
     assert got.shape == exact.shape
     return ((got - exact).norm() / exact.norm().clamp(min=1e-20)).item()
 
@@ -306,9 +306,9 @@ def wkv7_inputs(T, N, fastest, mixed, transition, with_state, seed, scale=1.0, i
     return [x.to(dtype) for x in [r, w, k, v, -kk, kk * rate, *state]]
 
 
-def run_wkv7(function, inputs, dtype, used=(0, 1)):
+def run_wkv7(function, inputs, dtype, used=(0, 1), device="cpu"):
     """y, the state, and the gradients in every input of a random linear function of those of the two that are used."""
-    xs = [x.detach().to(dtype).requires_grad_() for x in inputs]
+    xs = [x.detach().to(device, dtype).requires_grad_() for x in inputs]
     results, g = function(*xs), torch.Generator().manual_seed(0)
     weights = [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x) for x in results]
     loss = sum((results[i] * weights[i]).sum() for i in used)
@@ -369,20 +369,22 @@ def test_wkv7_in_half_precision(dtype, unit, T, N):
 
 # ---------------------------------------------------------------------------------------------- kernel.cu on the CPU
 
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 
 
 @needs_compiler
+@pytest.mark.parametrize("device", DEVICES)
 @trials(40)
 @given(
     T=st.integers(1, 100), N=st.sampled_from([16, 32, 64, 128]), exponent=st.floats(-6, math.log10(60)), mixed=st.booleans(),
     transition=st.sampled_from([1, 0]), with_state=st.booleans(), infinite=st.sampled_from([0, 0, 0.1, 1]), seed=SEEDS,
 )
 @example(T=100, N=64, exponent=math.log10(0.6065), mixed=True, transition=1, with_state=True, infinite=0, seed=1)
-def test_kernel_deviates_by_2e_6_at_most(T, N, exponent, mixed, transition, with_state, infinite, seed):
+def test_kernel_deviates_by_2e_6_at_most(device, T, N, exponent, mixed, transition, with_state, infinite, seed):
     inputs = wkv7_inputs(T, N, 10**exponent, mixed, transition, with_state, seed, infinite=infinite)
-    assert modrwkv.has_kernel("cpu")
-    for got, exact in zip(run_wkv7(modrwkv.wkv7, inputs, torch.float32), run_wkv7(modrwkv.wkv7_loop, inputs, torch.float64)):
+    assert modrwkv.has_kernel(device)
+    for got, exact in zip(run_wkv7(modrwkv.wkv7, inputs, torch.float32, device=device), run_wkv7(modrwkv.wkv7_loop, inputs, torch.float64)):
         assert distance(got, exact) <= 2e-6
 
 
@@ -410,18 +412,20 @@ def test_kernel_with_rows_shared_out_among_threads():
 
 
 @needs_compiler
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_kernel_rounds_half_precision_once(dtype):
+def test_kernel_rounds_half_precision_once(device, dtype):
     inputs = [x.to(dtype) for x in wkv7_inputs(70, 64, 0.6, True, 1, False, seed=3)]
     exact = run_wkv7(modrwkv.wkv7_loop, inputs, torch.float64)
-    for i, (got, want) in enumerate(zip(run_wkv7(modrwkv.wkv7, inputs, dtype), exact)):
+    for i, (got, want) in enumerate(zip(run_wkv7(modrwkv.wkv7, inputs, dtype, device=device), exact)):
         assert distance(got, want) <= (1.5 * distance(want.to(dtype), want) if i != 1 else 2e-6)  # the state stays float32
 
 
 @needs_compiler
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("with_state", [True, False])
-def test_kernel_as_an_operator_of_torch(with_state):
-    *six, state = [x.requires_grad_() for x in wkv7_inputs(40, 16, 0.6, True, 1, True, seed=4)]
+def test_kernel_as_an_operator_of_torch(device, with_state):
+    *six, state = [x.to(device).requires_grad_() for x in wkv7_inputs(40, 16, 0.6, True, 1, True, seed=4)]
     checks = torch.library.opcheck(modrwkv.wkv7_kernel, (*six, state if with_state else None, True))
     assert set(checks.values()) == {"SUCCESS"}
 
