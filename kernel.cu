@@ -673,7 +673,7 @@ static void backward(int64_t batch, int64_t T, int64_t H, const float* const* in
                      float* const* grad, float* dv, float* ds0) {
     Work work(batch, T, H, N);
     int64_t size = batch * T * H * N;
-    std::vector<float> sums(work.groups > 1 ? work.groups * INPUTS * size : 0);  // each group's own, to be added up
+    std::vector<float> shares(work.groups > 1 ? work.groups * INPUTS * size : 0);  // each group's own, to be added up
 #pragma omp parallel if (work.large)
     {
 #pragma omp for schedule(dynamic)
@@ -685,14 +685,14 @@ static void backward(int64_t batch, int64_t T, int64_t H, const float* const* in
             else
                 memset(ds0 + state, 0, 4 * work.rows * N);
             float* to[INPUTS];
-            for (int i = 0; i < INPUTS; i++) to[i] = (work.groups > 1 ? sums.data() + (group * INPUTS + i) * size : grad[i]) + at;
+            for (int i = 0; i < INPUTS; i++) to[i] = (work.groups > 1 ? shares.data() + (group * INPUTS + i) * size : grad[i]) + at;
             backward_rows<N>(head_of<N>(T, H, at, in, v), first, first + work.rows, kept + head * kept_per_head(T, N), dy + at, to, dv + at, ds0 + head * N * N);
         }
         if (work.groups > 1)
 #pragma omp for
             for (int64_t n = 0; n < INPUTS * size; n++) {
                 float sum = 0;
-                for (int group = 0; group < work.groups; group++) sum += sums[group * INPUTS * size + n];
+                for (int group = 0; group < work.groups; group++) sum += shares[group * INPUTS * size + n];
                 grad[n / size][n % size] = sum;
             }
     }

@@ -521,7 +521,7 @@ wkv7_kernel.register_autograd(wkv7_gradients, setup_context=wkv7_setup)
 
 
 def wkv7(r, w, k, v, a, b, state=None):
-    """The RWKV-7 recurrence by the fastest way there is for these inputs: kernel.cu, or PyTorch's operations. See wkv7_loop."""
+    """The recurrence by the fastest way there is for these inputs: kernel.cu, or PyTorch's operations. See wkv7_loop."""
     if r.dtype in (torch.float32, torch.bfloat16, torch.float16) and r.shape[-1] in (16, 32, 64, 128) and has_kernel(r.device.type):
         dtype = r.dtype if r.is_cuda else torch.float32
         dtypes = (dtype, torch.float32, dtype, dtype, dtype, dtype)  # the decay is sensitive
@@ -542,6 +542,11 @@ def shift(x, last, lengths):
     """(the token before each, the last real token): (B, T, C), (B, C). `last` is the one before x, or None for zeros."""
     before = F.pad(x, (0, 0, 1, -1)) if last is None else torch.cat([last[:, None].to(x.dtype), x[:, :-1]], 1)
     return before, x[:, -1] if lengths is None else x[torch.arange(len(x), device=x.device), lengths - 1]
+
+
+def real_steps(T, lengths):
+    """(B, T, 1, 1): which steps of samples padded on the right are theirs."""
+    return (torch.arange(T, device=lengths.device) < lengths[:, None])[..., None, None]
 
 
 def orthogonal(rows, cols, gain):
@@ -622,7 +627,7 @@ class TimeMix7(nn.Module):
         r, w, k, v, iclr = (z.view(B, T, self.H, self.N) for z in (r, w, k, v, iclr))
         a, b, k_in = -kk, kk * iclr, k
         if lengths is not None:  # padding leaves the state as it is
-            real = (torch.arange(T, device=x.device) < lengths[:, None])[..., None, None]
+            real = real_steps(T, lengths)
             w, k_in, b = w * real, k * real, b * real
         y, state = wkv7(r, w, k_in, v, a, b, state)
         y = self.ln_x(y.reshape(B * T, C)).view(B, T, C)
@@ -656,18 +661,18 @@ class TimeMix5(nn.Module):
         depth0, depth1 = layer / max(1, n_layer - 1), 1 - layer / n_layer
         n = torch.arange(C)
         q, u = n / C, n / max(1, C - 1)
-        self.time_decay = nn.Parameter(-6 + 5 * u ** (0.7 + 1.3 * depth0))
         self.time_faaaa = nn.Parameter((depth0 * (1 - u) + 0.1 * ((n + 1) % 3 - 1)).view(H, N))
-        self.add_mixing({"k": q**depth1, "v": q**depth1 + 0.3 * depth0, "r": q ** (0.5 * depth1), "g": q ** (0.5 * depth1)}, ranks)
+        decay = -6 + 5 * u ** (0.7 + 1.3 * depth0)
+        self.add_mixing(decay, {"k": q**depth1, "v": q**depth1 + 0.3 * depth0, "r": q ** (0.5 * depth1), "g": q ** (0.5 * depth1)}, ranks)
         for name, gain in dict(receptance=1, key=0.1, value=1, gate=0.1, output=0).items():
             setattr(self, name, linear(C, C, gain))
         self.ln_x = nn.GroupNorm(H, C, eps=64e-5)  # of y / 8 with 1e-5 in the official file: the same
         nn.init.constant_(self.ln_x.weight, ((layer + 1) / n_layer) ** 0.7)
 
-    def add_mixing(self, shift_weights, ranks):
+    def add_mixing(self, decay, shift_weights, ranks):
+        self.time_decay = nn.Parameter(decay.view(self.H, self.N))
         for name, x in shift_weights.items():
             setattr(self, f"time_mix_{name}", nn.Parameter(x.view(1, 1, -1)))
-        self.time_decay = nn.Parameter(self.time_decay.data.view(self.H, self.N))
 
     def mix(self, x, d):
         """Tokens x and their differences d to the token before -> the inputs of r, k, v, g, and the log decay."""
@@ -684,7 +689,7 @@ class TimeMix5(nn.Module):
         bonus = (r * k * self.time_faaaa).sum(-1, keepdim=True) * v
         first = torch.zeros_like(v[:, 0]) if state is None else (state @ r[:, 0, :, :, None].to(state.dtype))[..., 0].to(v.dtype)
         if lengths is not None:  # padding leaves the state as it is
-            real = (torch.arange(T, device=x.device) < lengths[:, None])[..., None, None]
+            real = real_steps(T, lengths)
             w, k = w * real, k * real
         none = torch.zeros_like(k)
         y, state = wkv7(F.pad(r[:, 1:], (0, 0, 0, 0, 0, 1)), w, k, v, none, none, state)  # S_t, read by r_{t+1}
@@ -697,7 +702,7 @@ class TimeMix6(TimeMix5):
     """RWKV-6 time mixing ([5], section 4.2; official RWKV_Tmix_x060): shift weights, here of the PREVIOUS token, and the decay
     depend on the data through low-rank matrices."""
 
-    def add_mixing(self, shift_weights, ranks):
+    def add_mixing(self, decay, shift_weights, ranks):
         C = self.H * self.N
         ranks = ranks or {"maa": 64 if C >= 4096 else 32, "decay": 128 if C >= 4096 else 64}
         shift_weights = shift_weights | {"x": shift_weights["k"], "w": shift_weights["k"]}
@@ -705,7 +710,7 @@ class TimeMix6(TimeMix5):
             setattr(self, f"time_maa_{name}", nn.Parameter((1 - x).view(1, 1, C)))
         self.time_maa_w1 = nn.Parameter(torch.zeros(C, 5 * ranks["maa"]))
         self.time_maa_w2 = nn.Parameter(torch.empty(5, ranks["maa"], C).uniform_(-0.01, 0.01))
-        self.time_decay = nn.Parameter(self.time_decay.data.view(1, 1, C))
+        self.time_decay = nn.Parameter(decay.view(1, 1, C))
         self.time_decay_w1 = nn.Parameter(torch.zeros(C, ranks["decay"]))
         self.time_decay_w2 = nn.Parameter(torch.empty(ranks["decay"], C).uniform_(-0.01, 0.01))
 
@@ -911,7 +916,7 @@ SCANS = {"uni": 1, "bi": 2, "multi": 4}  # so many orders take turns from layer 
 
 
 def scan(span, ends, columns):
-    """The orders in which layers read a picture ([3], section 3.3), whose vectors have the positions `span` in the sequence.
+    """The orders in which layers read a picture ([3], section 3.3) whose vectors have the positions `span` in the sequence.
     Down is by column, then by row, of the last patch in a vector's window: `ends`, as Adapter.ends gives them."""
     down = sorted(span, key=lambda i: (ends[i - span[0]] % columns, ends[i - span[0]]))
     return span, span[::-1], down, down[::-1]
@@ -1002,26 +1007,27 @@ class ModRWKV(nn.Module):
                 raise InputError(f"this model was made without an {kind} encoder")
             signals = [data for sample in samples for k, data in sample if k == kind]
             vectors[kind] = iter(self.adapter[kind](self.encoder[kind](signals)))
-        xs, labels, orders = [], [], [[] for _ in range(SCANS[self.config.scan])]
+        xs, labels, pictures = [], [], []
         for sample in samples:
-            x, label, order = [], [], [[] for _ in orders]
+            x, label = [], []
             for kind, data in sample:
                 x.append(next(vectors["text" if kind == "answer" else kind]))
-                span = range(len(label), len(label) + len(x[-1]))
-                label += data if kind == "answer" else [-100] * len(span)
-                encoder = self.encoder[kind] if kind == "image" else None
-                ways = scan(span, self.adapter[kind].ends(encoder.length(data)), encoder.columns(data)) if encoder else [span] * 4
-                for positions, way in zip(order, ways):
-                    positions += way
+                if kind == "image":
+                    pictures.append((len(xs), range(len(label), len(label) + len(x[-1])), data))
+                label += data if kind == "answer" else [-100] * len(x[-1])
             xs.append(torch.cat(x))
             labels.append(torch.tensor(label[1:] + [-100]))
-            for all_orders, positions in zip(orders, order):
-                all_orders.append(positions)
+        x, orders = pad(xs), [None]
+        if pictures:
+            orders += [torch.arange(x.shape[1]).repeat(len(x), 1) for _ in range(SCANS[self.config.scan] - 1)]
+        for i, span, data in pictures if len(orders) > 1 else ():
+            encoder = self.encoder["image"]
+            ways = scan(span, self.adapter["image"].ends(encoder.length(data)), encoder.columns(data))
+            for order, way in zip(orders[1:], ways[1:]):
+                order[i, span.start : span.stop] = torch.tensor(way)
+        orders = [None] + [order.to(device) for order in orders[1:]]
         lengths = torch.tensor([len(x) for x in xs], device=device)
-        T = max(map(len, xs))
-        orders = [torch.tensor([o + list(range(len(o), T)) for o in each], device=device) for each in orders]
-        orders = [None] + orders[1:] if "image" in vectors else [None]
-        return pad(xs), pad_sequence(labels, True, -100).to(device), lengths, orders
+        return x, pad_sequence(labels, True, -100).to(device), lengths, orders
 
     def hidden(self, x, state=None, lengths=None, orders=(None,)):
         """(B, T, C) into the blocks -> (B, T, C) out of ln_out, and the new state."""
@@ -1175,7 +1181,7 @@ def save(path, model, **more):
 
 
 def read_checkpoint(path):
-    """The contents of a checkpoint of ours, or of an official RWKV-7 .pth as if it were one; raises InputError."""
+    """The contents of a checkpoint of ours, or of an official RWKV .pth (5.2, 6, 7) as if it were one; raises InputError."""
     try:
         data = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as e:
@@ -1187,7 +1193,7 @@ def read_checkpoint(path):
     if "emb.weight" in data:
         data = {"model": data, "config": {"tokenizer": "rwkv_vocab_v20230424.txt", "image_encoder": "none"}}
     if not isinstance(data.get("model"), dict) or not isinstance(data.get("config"), dict):
-        raise InputError(f"{path} is from elsewhere: neither a checkpoint of train.py nor an official RWKV-7 .pth")
+        raise InputError(f"{path} is from elsewhere: neither a checkpoint of train.py nor an official RWKV .pth")
     return data
 
 
@@ -1196,8 +1202,8 @@ def build(data, path, **changes):
     weights = {name: x for name, x in data["model"].items() if not re.match(r"blocks\.0\.att\.v[012]", name)}  # unused there
     rwkv = 6 if "blocks.0.att.time_maa_x" in weights else 5 if "blocks.0.att.time_mix_k" in weights else 7
     heads = "blocks.0.att.r_k" if rwkv == 7 else "blocks.0.att.time_faaaa"
-    own = {5: "time_decay", 6: "time_decay_w1", 7: "w1"}[rwkv]
-    for name in ("emb.weight", heads, f"blocks.0.att.{own}", "blocks.0.ffn.key.weight"):
+    decay = {5: "time_decay", 6: "time_decay_w1", 7: "w1"}[rwkv]
+    for name in ("emb.weight", heads, f"blocks.0.att.{decay}", "blocks.0.ffn.key.weight"):
         if name not in weights:
             raise InputError(f"{path} is not an RWKV-{rwkv} checkpoint: it has no {name}")
         if not torch.is_tensor(weights[name]) or weights[name].dim() != 2:
@@ -1224,7 +1230,7 @@ def build(data, path, **changes):
 
 
 def load(path, device="cpu", **changes):
-    """A model ready to answer, from a checkpoint of train.py or an official RWKV-7 .pth (untrusted files are safe).
+    """A model ready to answer, from a checkpoint of train.py or an official RWKV .pth, 5.2, 6 or 7 (untrusted files are safe).
 
     changes: settings of Config to override, e.g. tokenizer="rwkv_vocab_v20230424.txt" for an official .pth.
     Raises InputError if the file cannot be read or does not fit, naming what is missing or too much.

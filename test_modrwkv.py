@@ -340,7 +340,7 @@ def test_wkv7_is_exact_with_its_gradients(T, N, exponent, mixed, transition, wit
 @pytest.mark.parametrize("fastest", [1e-6, 0.3, 0.6065, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.5, 7.6, 20.0, 60.0])
 @pytest.mark.parametrize("T", [8, 20, 64])
 def test_wkv7_is_exact_at_every_decay(fastest, T):
-    for transition, with_state, scale in ((1, True, 1), (1, False, 1e-6), (0, True, 1e-6), (0, False, 1)):
+    for transition, with_state, scale in itertools.product((1, 0), (True, False), (1, 1e-6)):
         assert_wkv7_exact(wkv7_inputs(T, 16, fastest, False, transition, with_state, T, scale))
 
 
@@ -583,12 +583,12 @@ def loop(x, s0, dy, dsT, dtype=torch.float64):
 
 
 def check(found, *problem):
-    """Against float64: 2e-6 of the norm in float32, or twice what the loop in float32 has where the problem is ill-conditioned; rounding in 16 bits."""
+    """Against float64: 2e-6 of the norm in float32 (for ds0, ill-conditioned at fast decays, twice what the loop in float32 has); rounding in 16 bits."""
     for name, x, e, e32 in zip(RESULTS, found, loop(*problem), loop(*problem, F32), strict=True):
         if x is None:
             continue
         error, size = (x.double() - e).norm().item(), e.norm().item()
-        bound = max(2e-6 * size, 2 * (e32.double() - e).norm().item(), 1e-20)
+        bound = max(2e-6 * size, 2 * (e32.double() - e).norm().item() if name == "ds0" else 0, 1e-20)
         if x.dtype != F32:
             bound = max(1.5 * (e.to(x.dtype).double() - e).norm().item(), 1e-20)
         assert error <= bound, f"{name} {x.dtype}: error {error:.3g}, bound {bound:.3g}, norm {size:.3g}"

@@ -54,7 +54,7 @@ class Train:
     data: str = setting("digits", "a folder of data/, or .json and .jsonl files, separated by commas")
     val_data: str = setting("", "held-out records; by default the data folder's val.jsonl, or every 20th record")
     out_dir: str = setting("out", "where ckpt.pt, log.jsonl and loss.png go")
-    init_from: str = setting("", "a checkpoint whose weights to start from, ours or an official RWKV-7 .pth")
+    init_from: str = setting("", "a checkpoint whose weights to start from, ours or an official RWKV .pth")
     resume: bool = setting(False, "go on from out_dir/ckpt.pt, with the settings it was made with")
     phase: str = setting("all", "adapter: language model and pretrained encoders frozen; all: pretrained encoders frozen")
     max_steps: int = setting(1240, "optimizer steps")
@@ -294,28 +294,32 @@ ABLATIONS = {  # VisualRWKV's tables 1, 3 and 4: generation, scan and prompt sty
 }
 
 
-def ablate(s, argv):
+def ablate(s, settings):
     """Trains each row of a table with three seeds, in processes of their own, into folders of out_dir, and prints the table.
-    A row that is there already is not trained again, one that was stopped goes on."""
+    A row that is there already is not trained again, one that was stopped goes on. settings: {name: value} for all of them."""
     if s.ablate not in ABLATIONS:
         raise InputError(f"--ablate={s.ablate} is not one of {', '.join(ABLATIONS)}")
-    common, rows = [flag for flag in argv if not flag.startswith(("--ablate", "--out_dir", "--seed"))], {}
+    rows = {}
     for rwkv, scan, style in ABLATIONS[s.ablate]:
         for seed in (1, 2, 3):
             folder = os.path.join(s.out_dir, f"{s.data}_rwkv{rwkv}_{scan}_{style}_{seed}")
-            log = os.path.join(folder, "log.jsonl")
-            own = [f"--rwkv={rwkv}", f"--scan={scan}", f"--prompt_style={style}", f"--seed={seed}", f"--out_dir={folder}"]
-            own += ["--resume"] if os.path.exists(os.path.join(folder, "ckpt.pt")) else []
-            if not os.path.exists(log) or "tasks" not in (last := json.loads(open(log).readlines()[-1])) or last["step"] < s.max_steps:
-                if subprocess.run([sys.executable, os.path.abspath(__file__), *common, *own]).returncode:
+
+            def last():  # what the log says in the end
+                with contextlib.suppress(OSError, ValueError, IndexError), open(os.path.join(folder, "log.jsonl")) as f:
+                    return json.loads(f.readlines()[-1])
+                return {}
+
+            if "tasks" not in last() or last()["step"] < s.max_steps:
+                own = {"rwkv": rwkv, "scan": scan, "prompt_style": style, "seed": seed, "out_dir": folder}
+                own["resume"] = os.path.exists(os.path.join(folder, "ckpt.pt"))
+                command = [sys.executable, os.path.abspath(__file__), *(f"--{name}={value}" for name, value in (settings | own).items())]
+                if subprocess.run(command).returncode:
                     raise InputError(f"the run into {folder} did not finish: see its message above")
-                last = json.loads(open(log).readlines()[-1])
-            rows.setdefault((rwkv, scan, style), []).append({name: 100 * task["exact"] for name, task in {"all": last, **last["tasks"]}.items()})
-    names = list(next(iter(rows.values()))[0])
-    print(f"| % exact on {s.data} | {' | '.join(names)} |\n{'|---' * (len(names) + 1)}|")
-    for row, runs in rows.items():
-        scores = ([run[name] for run in runs] for name in names)
-        print(f"| RWKV-{row[0]}, {row[1]}, {row[2]} | " + " | ".join(f"{statistics.mean(x):.1f} ± {statistics.stdev(x):.1f}" for x in scores) + " |")
+            scores = {"all": last(), **last()["tasks"]}
+            rows.setdefault(f"RWKV-{rwkv}, {scan}, {style}", []).append([100 * score["exact"] for score in scores.values()])
+    print(f"| % exact on {s.data} | {' | '.join(scores)} |\n{'|---' * (len(scores) + 1)}|")
+    for name, runs in rows.items():
+        print(f"| {name} | " + " | ".join(f"{statistics.mean(x):.1f} ± {statistics.stdev(x):.1f}" for x in zip(*runs)) + " |")
 
 
 def start(s, config, given):
@@ -359,7 +363,7 @@ def main(argv=None):
     if s.bench:
         return bench(device)
     if s.ablate:
-        return ablate(s, argv or sys.argv[1:])
+        return ablate(s, {name: value for name, value in (asdict(s) | asdict(config)).items() if name in given - {"ablate"}})
     for name, value in SUITED.get(s.data, {}).items():
         if name not in given:
             setattr(config, name, value)
@@ -445,6 +449,7 @@ def main(argv=None):
     batches, pool = Batches(records, s, model), ThreadPoolExecutor(1)
     coming = pool.submit(batches, first, rank, world)
     bar = tqdm(range(first, s.max_steps), initial=first, total=s.max_steps, disable=rank > 0, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30)
+    units = learned_tokens if s.loss_reduction == "token" else lambda sample: learned_tokens(sample) > 0  # what the loss is a mean over
     began, tokens, smooth = time.time(), 0, None
     step = first
     try:
@@ -452,7 +457,6 @@ def main(argv=None):
             micro = coming.result()
             if step + 1 < s.max_steps:
                 coming = pool.submit(batches, step + 1, rank, world)
-            units = learned_tokens if s.loss_reduction == "token" else lambda sample: learned_tokens(sample) > 0
             counts = torch.tensor([[units(x), model.length(x)] for batch in micro for x in batch], device=device).sum(0)
             if world > 1:
                 dist.all_reduce(counts)
