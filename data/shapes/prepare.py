@@ -1,10 +1,10 @@
 """Pictures of coloured shapes, with questions that take both the picture and the question to answer.
 
-    python data/shapes/prepare.py [--pictures=8000] [--seed=1] [--out=data/shapes]
+    python data/shapes/prepare.py [--pictures=12000] [--seed=1] [--out=data/shapes]
 
 writes train.jsonl, val.jsonl and their pictures: a grid of 3 x 3 cells with 1 to 5 shapes. Each question gets each of
-its answers equally often, so that its text alone gives nothing away. Every question of val is about a pairing that
-training never draws (UNDRAWN) or never asks about (UNASKED).
+its answers about equally often, so that its text alone gives nothing away. Each colour and shape has a place where training
+never draws the two together; every question of val is about such a thing (UNDRAWN).
 """
 
 import argparse
@@ -34,67 +34,68 @@ SHAPES = {
 COLOURS = {"red": (215, 45, 40), "green": (45, 160, 70), "blue": (50, 85, 215), "yellow": (240, 190, 30), "black": (45, 45, 50)}
 PLACES = [f"{row} {column}" for row in ("top", "middle", "bottom") for column in ("left", "centre", "right")]
 SIDES = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}  # (rows down, columns to the right)
-UNDRAWN = (("red", "circle"), ("green", "square"), ("blue", "triangle"), ("yellow", "star"), ("black", "cross"))
-UNASKED = (("left of", "square"), ("right of", "star"), ("above", "circle"), ("below", "cross"))
+UNDRAWN = {cell: [(c, s) for i, c in enumerate(COLOURS) for j, s in enumerate(SHAPES) if (5 * i + j) % 9 == cell] for cell in range(9)}
 CELL, FINE = 16, 4  # pixels of a cell; drawn so many times larger, then reduced, which smooths the edges
 
 
-def arrange(rng, held_out):
-    """1 to 5 things, {cell: (colour, shape)}, often alike in colour, in shape or in both."""
-    things, n = [], rng.randint(1, 5)
+def arrange(n, rng, held_out):
+    """n things, {cell: (colour, shape)}, often alike in colour, in shape or in both."""
+    things, cells = {}, rng.sample(range(9), n)
     while len(things) < n:
-        new = rng.choice(UNDRAWN) if held_out and rng.random() < 0.5 else (rng.choice(list(COLOURS)), rng.choice(list(SHAPES)))
-        old = rng.choice(things) if things else new
+        cell = cells[len(things)]
+        new = rng.choice(UNDRAWN[cell]) if held_out and rng.random() < 0.5 else (rng.choice(list(COLOURS)), rng.choice(list(SHAPES)))
+        old = rng.choice(list(things.values()) or [new])
         new = rng.choice((new, (old[0], new[1]), (new[0], old[1]), old))
-        if held_out or new not in UNDRAWN:
-            things.append(new)
-    return dict(zip(rng.sample(range(9), n), things))
+        if held_out or new not in UNDRAWN[cell]:
+            things[cell] = new
+    return things
 
 
 def ask(way, things, rng):
-    """(question, answer, the pairings it is about), or None where that would be ambiguous, or about nothing."""
+    """(question, answer, the cells it is about), or None where that would be ambiguous, or about nothing."""
     here, (colour, shape) = rng.choice(list(things.items()))
     side, (down, right) = rng.choice(list(SIDES.items()))
     beyond = {cell: down * (cell // 3 - here // 3) + right * (cell % 3 - here % 3) for cell in things}  # how far on that side
     other = rng.choice(list(things.values())) if rng.random() < 0.8 else (rng.choice(list(COLOURS)), rng.choice(list(SHAPES)))
-    others = " ".join(other) + ("es" if other[1] == "cross" else "s")
+    others, like = " ".join(other) + ("es" if other[1] == "cross" else "s"), [cell for cell in things if things[cell] == other]
     single = list(things.values()).count((colour, shape)) == 1
     if way in ("colour", "shape"):
-        return f"What {way} is {PLACES[here]}?", colour if way == "colour" else shape, [(colour, shape)]
+        return f"What {way} is {PLACES[here]}?", colour if way == "colour" else shape, [here]
     if way == "position" and single:
-        return f"Where is the {colour} {shape}?", PLACES[here], [(colour, shape)]
+        return f"Where is the {colour} {shape}?", PLACES[here], [here]
     if way == "count":
-        return f"How many {others}?", str(list(things.values()).count(other)), [other]
-    if way == "next to" and single and beyond.get(here + 3 * down + right) == 1:
-        return f"What is just {side} the {colour} {shape}?", things[here + 3 * down + right][1], [(colour, shape), (side, shape)]
+        return f"How many {others}?", str(len(like)), like or things
+    if way == "next to" and single and beyond.get(next_to := here + 3 * down + right) == 1:
+        return f"What is just {side} the {colour} {shape}?", things[next_to][1], [here, next_to]
     if way == "count beyond" and other[1] != shape and [s for _, s in things.values()].count(shape) == 1:
-        n = sum(things[cell] == other for cell in things if beyond[cell] > 0)  # in any row further up is "above"
-        return f"How many {others} are {side} the {shape}?", str(n), [other, (side, shape)]
+        there = [cell for cell in like if beyond[cell] > 0]  # in any row further up is "above"
+        return f"How many {others} are {side} the {shape}?", str(len(there)), [here, *like]
 
 
-WAYS = {  # way to ask: (task, how often, how much later than colours it joins a curriculum, answers)
-    "colour": ("colour", 4, 0, COLOURS),
-    "shape": ("shape", 4, 0, SHAPES),
-    "position": ("position", 5, 2, PLACES),
-    "count": ("count", 5, 2, "0123"),
-    "next to": ("relation", 4, 4, SHAPES),
-    "count beyond": ("relation", 2, 5, "012"),
+WAYS = {  # way to ask: (task, how often, of how many things at least, how much later it joins a curriculum, answers)
+    "colour": ("colour", 4, 1, 0, COLOURS),
+    "shape": ("shape", 4, 1, 0, SHAPES),
+    "position": ("position", 5, 1, 1, PLACES),
+    "count": ("count", 5, 3, 0, "0123"),
+    "next to": ("relation", 4, 2, 3, SHAPES),
+    "count beyond": ("relation", 2, 3, 4, "012"),
 }
 
 
 def ask_all(ways, things, rng, held_out, asked):
-    """[(question, answer)], one for each way, with answers that their questions had (nearly) least often so far; or None."""
+    """[(question, answer)], one for each way, with answers that these questions had (nearly) least often so far; or None."""
     found = []
-    for way, answers in ((way, WAYS[way][3]) for way in ways):
-        for question, answer, pairings in filter(None, (ask(way, things, rng) for _ in range(12))):
-            if answer in answers and held_out == any(pairing in UNDRAWN + UNASKED for pairing in pairings):
-                if asked[question, answer] <= 1.05 * min(asked[question, other] for other in answers):
-                    found.append((question, answer))
+    for way in ways:
+        for question, answer, about in filter(None, (ask(way, things, rng) for _ in range(12))):
+            text = way if held_out else question  # in val each question by itself may have one answer
+            if answer in WAYS[way][4] and held_out == any(things[cell] in UNDRAWN[cell] for cell in about):
+                if asked[text, answer] <= 2 + 1.05 * min(asked[text, other] for other in WAYS[way][4]):
+                    found.append((text, question, answer))
                     break
         else:
             return None
-    asked.update(found)
-    return found
+    asked.update((text, answer) for text, _, answer in found)
+    return [pair for _, *pair in found]
 
 
 def draw(things, rng):
@@ -117,16 +118,22 @@ def write(out, name, n, rng, held_out):
     with contextlib.suppress(FileNotFoundError):  # it is whole or not there: its pictures are about to change
         os.remove(os.path.join(out, f"{name}.jsonl"))
     asked, each = Counter(), 1 if held_out else 3  # how often (question, answer) came, and how many records share a picture
+    for cell, pairs in UNDRAWN.items():
+        asked.update({(f"Where is the {' '.join(pair)}?", PLACES[cell]): math.inf for pair in pairs})  # never waited for
     with open(os.path.join(out, f"{name}.jsonl.partial"), "w") as f:
         for i in range(n):
+            size = 1 + i % 5
+            known = [way for way in WAYS if WAYS[way][2] <= size]
             talks = [1 if held_out or j % 16 else 2 for j in range(i * each, (i + 1) * each)]  # turns of each record
-            ways, pairs = sorted(WAYS, key=lambda way: rng.random() ** (1 / WAYS[way][1]))[-sum(talks) :], None  # drawn by weight
+            talks = talks if sum(talks) <= len(known) else [1] * each
+            pairs = None
             while not pairs:
-                things = arrange(rng, held_out)
+                ways = sorted(known, key=lambda way: rng.random() ** (1 / WAYS[way][1]))[-sum(talks) :]  # drawn by weight
+                things = arrange(size, rng, held_out)
                 pairs = ask_all(ways, things, rng, held_out, asked)
             draw(things, rng).save(os.path.join(out, name, f"{i}.png"), compress_level=1)
             for j, length in enumerate(talks, i * each):
-                level = len(things) + max(WAYS[way][2] for way in ways[:length])
+                level = len(things) + max(WAYS[way][3] for way in ways[:length])
                 turns = [{"from": who, "value": text} for pair in pairs[:length] for who, text in zip(("human", "gpt"), pair)]
                 turns[0]["value"] = "<image>\n" + turns[0]["value"]
                 record = {"id": f"{name}-{j}", "image": f"{name}/{i}.png", "task": WAYS[ways[0]][0], "level": level, "conversations": turns}
@@ -138,11 +145,11 @@ def write(out, name, n, rng, held_out):
 if __name__ == "__main__":
     here = os.path.dirname(os.path.abspath(__file__))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=8000, help="for training, 3 records each; an eighth as many for validation")
+    parser.add_argument("--pictures", type=int, default=12000, help="for training, 3 records each; an eighth as many for validation")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", default=here)
     args = parser.parse_args()
     held_out = max(1, args.pictures // 8)
     write(args.out, "train", args.pictures, random.Random(args.seed), False)
     write(args.out, "val", held_out, random.Random(args.seed + 1), True)
-    print(f"{args.pictures} pictures for training, {held_out} of pairings not in them for validation")
+    print(f"{args.pictures} pictures for training, {held_out} with things where those have none for validation")
