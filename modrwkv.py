@@ -1,13 +1,13 @@
-"""ModRWKV: one RWKV-7 language model that reads text and pictures, in one file.
+"""ModRWKV: one RWKV-7 language model that reads text, pictures and sound, in one file.
 
 A signal passes an encoder, a Conv1D that shortens it, and a tiny adapter; what comes out are
 vectors as wide as a token's embedding, and from there on they are tokens like any other:
 
     picture -> PatchEncoder -> Conv1D -> MLP --\
-                                                fuse -> ln0 -> RWKV-7 blocks -> ln_out -> head
-    text  -> tokenizer -> emb -----------------/
+    sound   -> MelEncoder   -> Conv1D -> MLP ---- fuse -> ln0 -> RWKV-7 blocks -> ln_out -> head
+    text    -> tokenizer    -> emb ------------/
 
-Read from top to bottom: text and conversations, the recurrence, the blocks, encoder and adapter,
+Read from top to bottom: text and conversations, the recurrence, the blocks, encoders and adapters,
 the model, the optimizer's groups, checkpoints.
 
 References
@@ -16,6 +16,7 @@ References
     [3] VisualRWKV: Exploring RWKV for Visual Language Models, Hou et al. 2024, arXiv:2406.13362
     [4] the official training code, RWKV-LM/RWKV-v7/train_temp, and the inference package `rwkv`
     [5] Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence, Peng et al. 2024, arXiv:2404.05892
+    [6] Robust Speech Recognition via Large-Scale Weak Supervision (Whisper), Radford et al. 2022, arXiv:2212.04356
 
 Glossary: symbol here = symbol in [2] (in brackets: names of the official files)
     B, T, C, H, N   batch, time, n_embd, heads, head size (64)
@@ -50,6 +51,8 @@ import sys
 from dataclasses import dataclass
 
 import numpy as np
+import soundfile
+import soxr
 import tiktoken
 import torch
 import torch.nn as nn
@@ -78,7 +81,8 @@ class Config:
     template: str = setting("world", "how turns are written as text: world, v1, v2 or v3")
     prompt_style: str = setting("written", "where a question has its pictures: written (where its marks are), first, last or sandwich")
     scan: str = setting("uni", "order in which layers read a picture's vectors: uni, bi (forward, backward) or multi (also down, up)")
-    image_encoder: str = setting("patch", "patch, or none for a model of text alone")
+    image_encoder: str = setting("patch", "patch, or none for a model without eyes")
+    audio_encoder: str = setting("none", "mel, or none for a model without ears")
     image_height: int = setting(32, "a picture is scaled to this many pixels in height; its width follows")
     patch_height: int = setting(32, "height of a patch in pixels; the image height gives column patches")
     patch_width: int = setting(4, "width of a patch in pixels")
@@ -176,7 +180,7 @@ def get_tokenizer(name):
 # ----------------------------------------------------------------------------------------------
 # 2. Conversations: from LLaVA's JSON to a sample
 # A sample is a list of segments (kind, data): ("text", ids) read, ("answer", ids) read and learned,
-# ("image", pixels). Everything that is trained on, asked or scored is written by `conversation`.
+# ("image", pixels), ("audio", log-mel frames). Everything that is trained on, asked or scored is written by `conversation`.
 
 
 @dataclass
@@ -194,7 +198,7 @@ TEMPLATES = {
     "v2": Template("", "\x16User: {}\x17", "\x16Assistant:", " ", "\x17"),  # ModRWKV, the paper's code
     "v3": Template("", "\x16User:{}\x17", "\x16Assistant:", "", "\x17"),  # ModRWKV, August 2025 on
 }
-MEDIA = ("image",)
+MEDIA = ("image", "audio")
 MARK = re.compile("(" + "|".join(f"<{kind}>" for kind in MEDIA) + ")")  # where a signal stands in a question
 
 
@@ -292,7 +296,11 @@ def conversation(config, turns, media, first=True):
     clean = lambda text: re.sub(r"\n\s*\n", "\n", re.sub("[\x16\x17]", "", text).strip())
     segments, text = [], template.before if first else ""
     for question, answer in turns:
-        text += template.human.format(clean(arrange(question, [q for q, _ in turns], config.prompt_style)))
+        question = clean(arrange(question, [q for q, _ in turns], config.prompt_style))
+        if question == "<audio>":  # nothing asked: to be written down ([1]'s code: sound, and no human turn)
+            text = question + text
+        else:
+            text += template.human.format(question)
         for piece in MARK.split(text + template.gpt):
             if MARK.match(piece):
                 segments.append(next(media))
@@ -856,7 +864,76 @@ class PatchEncoder(nn.Module):
         return [y[:, : n // self.size[2]].flatten(0, 1) for y, n in zip(x, widths.tolist())]
 
 
-ENCODERS = {"patch": PatchEncoder}
+class MelEncoder(nn.Module):
+    """Sound as Whisper's front end has it ([6], section 2.2): 100 log-mel frames a second, then two convolutions, from scratch, which
+    leave 50 vectors a second. Any length: nothing is cut to, or filled up to, 30 seconds."""
+
+    RATE, WINDOW, HOP, BINS = 16000, 400, 160, 80  # samples a second, in a window, from window to window; mel bins
+
+    def __init__(self, config):
+        super().__init__()
+        self.width = config.encoder_width
+        self.conv1, self.conv2 = nn.Conv1d(self.BINS, self.width, 3, 1, 1), nn.Conv1d(self.width, self.width, 3, 2, 1)
+
+    @staticmethod
+    @functools.lru_cache
+    def filters():
+        """(80, 201): triangles evenly spaced on Slaney's mel scale, linear below 1 kHz and logarithmic above, each of area 1."""
+        f = MelEncoder
+        top = 15 + 27 * math.log(f.RATE / 2 / 1000) / math.log(6.4)
+        mel = torch.linspace(0, top, f.BINS + 2, dtype=torch.float64)
+        hz = torch.where(mel < 15, mel * 200 / 3, 1000 * torch.exp((mel - 15) * math.log(6.4) / 27))
+        low, peak, high = hz[:-2, None], hz[1:-1, None], hz[2:, None]
+        bins = torch.linspace(0, f.RATE / 2, f.WINDOW // 2 + 1, dtype=torch.float64)
+        slopes = torch.minimum((bins - low) / (peak - low), (high - bins) / (high - peak)).clamp(min=0)
+        return (slopes * 2 / (high - low)).float()
+
+    def load(self, path):
+        """A sound file (wav, flac, ogg, mp3; any rate, any channels), or samples (n,) at 16 kHz, as log-mel frames (80, frames).
+
+        Raises InputError naming the file if it cannot be read, is empty or cut short.
+        """
+        return self.log_mel(read_sound(path, self.RATE) if isinstance(path, str | os.PathLike) else torch.as_tensor(path, dtype=torch.float32))
+
+    def log_mel(self, x):
+        """Samples (n,) at 16 kHz -> (80, ceil(n / 160) or 3 at least): logarithms to base 10, down to 8 below the loudest, scaled to about -1 to 1."""
+        x = F.pad(x, (0, max(3 * self.HOP - len(x), -len(x) % self.HOP)))
+        spectrum = torch.stft(x, self.WINDOW, self.HOP, window=torch.hann_window(self.WINDOW), return_complex=True)
+        mel = (self.filters() @ spectrum[:, :-1].abs() ** 2).clamp(min=1e-10).log10()
+        return (mel.clamp(min=mel.max() - 8) + 4) / 4
+
+    def length(self, frames):
+        return (frames.shape[1] + 1) // 2
+
+    def forward(self, sounds):
+        """[(80, frames)] -> [(length, width)]"""
+        x = pad([sound.T for sound in sounds]).mT.to(self.conv1.weight)
+        frames = torch.tensor([sound.shape[1] for sound in sounds], device=x.device)
+        x = F.gelu(self.conv1(x)) * (torch.arange(x.shape[2], device=x.device) < frames[:, None])[:, None]  # no sound hears its neighbours' lengths
+        return [y[:n] for y, n in zip(F.gelu(self.conv2(x)).mT, map(self.length, sounds))]
+
+
+def read_sound(path, rate):
+    """The samples (n,) of a sound file, its channels averaged, at `rate` a second; raises InputError naming the file."""
+    try:
+        with soundfile.SoundFile(path) as f:
+            x, promised, notes, own_rate = f.read(dtype="float32", always_2d=True), f.frames, f.extra_info, f.samplerate
+    except FileNotFoundError as e:
+        raise InputError(f"no such sound: {path}") from e
+    except (soundfile.SoundFileError, OSError) as e:
+        if not os.path.exists(path):
+            raise InputError(f"no such sound: {path}") from e
+        raise InputError(f"{path} is not a sound that can be read: {str(e) or 'it is damaged or cut short'}") from e
+    data = re.search(r"^ ?(?:data|SSND) : (\d+) \(should be (\d+)\)", notes, re.M)  # of wav and aiff: what the header promises, what is there
+    short = data and int(data[2]) < int(data[1]) < 0xFFFFFF00  # more is promised by what was written as a stream
+    if len(x) < promised or short or "lacks an end-of-stream" in notes:
+        raise InputError(f"{path} is cut short: it ends before its header says it does")
+    if not len(x):
+        raise InputError(f"{path} holds no sound")
+    return torch.from_numpy(soxr.resample(x.mean(1), own_rate, rate))
+
+
+ENCODERS = {"image": {"patch": PatchEncoder}, "audio": {"mel": MelEncoder}}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -908,6 +985,25 @@ class Adapter(nn.Module):
         return (y + self.pre_norm(y)).split(lengths)
 
 
+class SpeechAdapter(nn.Module):
+    """Conv1D(3, 2), which halves the vectors to 25 a second, then an MLP, without a norm ([1]'s code)."""
+
+    def __init__(self, width, n_embd, scale):
+        super().__init__()
+        hidden = scale * n_embd
+        self.conv = nn.Conv1d(width, hidden, 3, 2, 2)
+        self.mlp = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, n_embd))
+
+    def length(self, n):
+        return (n + 1) // 2 + 1
+
+    def forward(self, signals):
+        """[(L, width)] -> [(L', n_embd)]"""
+        lengths = [self.length(len(x)) for x in signals]
+        x = self.conv(pad(signals).mT).mT  # the zeros behind a shorter signal are those of its own padding
+        return self.mlp(torch.cat([y[:n] for y, n in zip(x, lengths)])).split(lengths)
+
+
 # ----------------------------------------------------------------------------------------------
 # 7. ModRWKV
 
@@ -949,13 +1045,14 @@ class ModRWKV(nn.Module):
         self.head = nn.Linear(C, V, bias=False)
         nn.init.orthogonal_(self.head.weight, 0.5 * max(1, V / C) ** 0.5)
         self.encoder, self.adapter = nn.ModuleDict(), nn.ModuleDict()
-        if config.image_encoder != "none":
-            if config.image_encoder not in ENCODERS:
-                raise InputError(f"image_encoder={config.image_encoder} is not one of {', '.join(ENCODERS)}, none")
-            self.encoder["image"] = ENCODERS[config.image_encoder](config)
-            self.adapter["image"] = Adapter(
-                self.encoder["image"].width, C, config.adapter_scale, config.conv_kernel, config.conv_stride
-            )
+        for kind in MEDIA:
+            name = getattr(config, f"{kind}_encoder")
+            if name not in ENCODERS[kind] and name != "none":
+                raise InputError(f"{kind}_encoder={name} is not one of {', '.join(ENCODERS[kind])}, none")
+            if name != "none":
+                encoder = self.encoder[kind] = ENCODERS[kind][name](config)
+                conv = (config.conv_kernel, config.conv_stride) if kind == "image" else ()
+                self.adapter[kind] = (Adapter if conv else SpeechAdapter)(encoder.width, C, config.adapter_scale, *conv)
 
     # -- from records and questions to samples --
 
@@ -978,12 +1075,13 @@ class ModRWKV(nn.Module):
 
     def question(self, prompt, media=(), first=True):
         """The segments that ask `prompt` about media [(kind, path)]; those without a mark such as <image> go before it."""
+        files = {kind: [file for file in media if file[0] == kind] for kind in MEDIA}
         for kind in MEDIA:
-            missing = sum(k == kind for k, _ in media) - prompt.count(f"<{kind}>")
+            missing = len(files[kind]) - prompt.count(f"<{kind}>")
             if missing < 0:
                 raise InputError(f"the prompt has {-missing} <{kind}> more than there are {kind} files")
             prompt = f"<{kind}>\n" * missing + prompt
-        return self.segments([(prompt, None)], media, first)
+        return self.segments([(prompt, None)], [files[mark[1:-1]].pop(0) for mark in MARK.findall(prompt)], first)
 
     def length(self, sample):
         """How many vectors a sample becomes."""
@@ -1216,9 +1314,9 @@ def build(data, path, **changes):
     ranks = {name: rank(f"blocks.{min(1, config['n_layer'] - 1) if name == 'v' else 0}.att.{name}1") for name in "wavg"}
     ranks |= {"maa": rank("blocks.0.att.time_maa_w2"), "decay": rank("blocks.0.att.time_decay_w1")}
     model = ModRWKV(Config(**config), V, ranks, weights["blocks.0.ffn.key.weight"].shape[0])
-    own, new = model.state_dict(), ()
-    if not any(name.startswith("encoder.") for name in weights):  # a language model may be given eyes
-        new = tuple(name for name in own if name.startswith(("encoder.", "adapter.")))
+    own, parts = model.state_dict(), [(f"encoder.{kind}.", f"adapter.{kind}.") for kind in MEDIA]
+    fresh = tuple(part for both in parts for part in both if not any(name.startswith(both) for name in weights))
+    new = [name for name in own if name.startswith(fresh)]  # a language model may be given eyes or ears
     squeezed = lambda x: [n for n in x.shape if n > 1]  # (1, 1, C) and (C,) are the same
     wrong = [f"{name} is missing" for name in own if name not in weights and name not in new]
     wrong += [f"{name} is not expected" for name in weights if name not in own]

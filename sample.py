@@ -13,13 +13,14 @@ import json
 import os
 import re
 import sys
+import unicodedata
 from collections import Counter
 from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
-from modrwkv import MARK, InputError, get_tokenizer, load, read_records, record_media, record_turns, setting
+from modrwkv import MARK, MEDIA, InputError, get_tokenizer, load, read_records, record_media, record_turns, setting
 
 
 @dataclass
@@ -27,8 +28,9 @@ class Sample:
     """sampling"""
 
     out_dir: str = setting("out", "folder of ckpt.pt, or the path of a checkpoint")
-    prompt: str = setting("", "the question; <image> in it marks where a picture goes, else pictures come first")
+    prompt: str = setting("", "the question; <image> and <audio> in it mark where a picture or a sound goes, else they come first")
     image: str = setting("", "picture files, separated by commas")
+    audio: str = setting("", "sound files (wav, flac, ogg, mp3), separated by commas")
     chat: bool = setting(False, "ask again and again; the state is kept between turns")
     eval: str = setting("", "a .json or .jsonl file: answer every question in it, and print the scores")
     raw: bool = setting(False, "no template: the prompt is a text to go on with")
@@ -105,10 +107,12 @@ def score(records, answers):
     """
     Of the answers of `ask`, over all and by the records' "task": n, exact (the share equal to the true answer),
     chars (the share of characters right, place by place, out of the longer of the two), and majority (what always
-    giving the commonest true answer would score).
+    giving the commonest true answer would score). Of what was heard also wer and cer, the errors per word and per character of
+    the truth, and their parts.
     """
-    tasks, answers = {}, iter(answers)
+    tasks, answers, heard = {}, iter(answers), set()
     for record in records:
+        heard |= {record.get("task", "all")} if record.get("audio") else set()
         for _, truth in record_turns(record):
             tasks.setdefault(record.get("task", "all"), []).append((next(answers), truth.strip()))
 
@@ -120,7 +124,24 @@ def score(records, answers):
             "majority": max(Counter(t for _, t in pairs).values(), default=0) / max(1, len(pairs)),
         }
 
-    return summary([p for pairs in tasks.values() for p in pairs]) | {"tasks": {k: summary(v) for k, v in sorted(tasks.items())}}
+    of_task = {task: summary(pairs) | (errors(pairs) if task in heard else {}) for task, pairs in sorted(tasks.items())}
+    return summary([p for pairs in tasks.values() for p in pairs]) | {"tasks": of_task}
+
+
+def errors(pairs):
+    """Word and character error rates of (answer, truth) by jiwer, over all together; neither case nor punctuation counts."""
+    try:
+        import jiwer
+    except ImportError as e:
+        raise InputError('word error rates are jiwer\'s: pip install -e ".[eval]"') from e
+    plain = lambda text: " ".join(re.sub(r"[^\w' ]", " ", unicodedata.normalize("NFKC", text).lower()).split())
+    pairs = [(plain(answer), plain(truth)) for answer, truth in pairs if plain(truth)]
+    if not pairs:
+        return {}
+    hypotheses, references = map(list, zip(*pairs))
+    words, characters = jiwer.process_words(references, hypotheses), jiwer.process_characters(references, hypotheses)
+    parts = {name: getattr(words, name) for name in ("substitutions", "deletions", "insertions")}
+    return {"wer": words.wer, "cer": characters.cer, **parts}
 
 
 def report(records, answers, examples=6):
@@ -131,11 +152,14 @@ def report(records, answers, examples=6):
     print(f"{'held-out answers':20}{'n':>6}{'exact':>10}{'characters':>13}{'majority guess':>17}")
     for name, row in result["tasks"].items():
         print(f"{name:20}{row['n']:6}{100 * row['exact']:8.1f} %{100 * row['chars']:11.1f} %{100 * row['majority']:15.1f} %")
+        if "wer" in row:
+            parts = ", ".join(f"{row[part]} {part}" for part in ("substitutions", "deletions", "insertions"))
+            print(f"  {100 * row['cer']:.1f} % of the characters wrong (CER), {100 * row['wer']:.1f} % of the words (WER: {parts})")
     rows = [(r, q, t) for r in records for q, t in record_turns(r)]
     step = max(1, len(rows) // examples)
     for (record, question, truth), answer in list(zip(rows, answers))[::step][:examples]:
         paths = " ".join(path for _, path in record_media(record))
-        question = " ".join(question.replace("<image>", "").split())
+        question = " ".join(MARK.sub("", question).split())
         print(f"  {'ok ' if answer == truth.strip() else 'NO '} {os.path.relpath(paths) if paths else ''}  {question}  {answer!r}, truth {truth.strip()!r}")
 
 
@@ -155,8 +179,9 @@ def stream(model, sample, state, how):
 
 def main(argv=None):
     s, given = flags(__doc__, Sample, argv=argv)
-    if s.raw and (s.image or s.chat or s.eval) or s.chat and s.eval or s.eval and (s.prompt or s.image):
-        raise InputError("--raw, --chat and --eval=FILE exclude each other; --raw takes no picture, and --eval neither picture nor prompt")
+    shown = s.image or s.audio
+    if s.raw and (shown or s.chat or s.eval) or s.chat and s.eval or s.eval and (s.prompt or shown):
+        raise InputError("--raw, --chat and --eval=FILE exclude each other; --raw takes no picture or sound, and --eval no prompt either")
     if s.batch_size < 1:
         raise InputError(f"--batch_size={s.batch_size} is not at least 1")
     path = os.path.join(s.out_dir, "ckpt.pt") if os.path.isdir(s.out_dir) else s.out_dir
@@ -174,13 +199,13 @@ def main(argv=None):
         report(asked, answers)
         print(json.dumps(score(asked, answers)))
         return
-    media = [("image", path) for path in s.image.split(",") if path]
+    media = [(kind, path) for kind in MEDIA for path in getattr(s, kind).split(",") if path]
     if s.raw:
         ids = get_tokenizer(model.config.tokenizer).encode(s.prompt or "\n")
         stream(model, [("text", ids)], None, how | {"end": None})
         return
     if not s.chat:
-        if not s.prompt:
+        if not s.prompt and not s.audio:
             raise InputError('nothing to do: give --prompt="...", --chat, --raw or --eval=FILE')
         stream(model, model.question(s.prompt, media), None, how)
         return
@@ -194,8 +219,9 @@ def main(argv=None):
                 break
         if not prompt:
             break
-        media += [("image", path) for path in re.findall(r"<([^<>]+\.\w+)>", prompt)]
-        prompt = re.sub(r"<[^<>]+\.\w+>", "<image>", prompt)
+        kinds = lambda path: "audio" if path.lower().endswith((".wav", ".flac", ".ogg", ".mp3")) else "image"
+        media += [(kinds(path), path) for path in re.findall(r"<([^<>]+\.\w+)>", prompt)]
+        prompt = re.sub(r"<([^<>]+\.\w+)>", lambda path: f"<{kinds(path[1])}>", prompt)
         try:
             state = stream(model, model.question(prompt, media, state is None), state, how)
         except InputError as e:

@@ -30,6 +30,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import sklearn.datasets
+import soundfile
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
@@ -40,7 +41,22 @@ from PIL import Image, ImageDraw
 import modrwkv
 import sample
 import train
-from modrwkv import TEMPLATES, Adapter, Config, InputError, ModRWKV, PatchEncoder, conversation, get_tokenizer, load, read_records, save
+from modrwkv import (
+    TEMPLATES,
+    Adapter,
+    Config,
+    InputError,
+    MelEncoder,
+    ModRWKV,
+    PatchEncoder,
+    SpeechAdapter,
+    conversation,
+    get_tokenizer,
+    load,
+    read_records,
+    read_sound,
+    save,
+)
 
 torch.set_num_threads(1)
 REPO = Path(modrwkv.__file__).resolve().parent
@@ -70,7 +86,7 @@ def randomise(model, seed=0):
     return model.eval()
 
 
-SMALL = Config(n_layer=2, n_embd=64, head_size=32, patch_width=8, encoder_width=48, conv_kernel=3, conv_stride=2)
+SMALL = Config(n_layer=2, n_embd=64, head_size=32, patch_width=8, encoder_width=48, conv_kernel=3, conv_stride=2, audio_encoder="mel")
 
 
 @pytest.fixture(scope="session")
@@ -84,6 +100,7 @@ codes = lambda string: [b + 1 for b in (string if isinstance(string, bytes) else
 text = lambda string: ("text", codes(string))
 pixels = lambda seed, *shape: np.random.RandomState(seed).randint(0, 256, shape, np.uint8)
 picture = lambda seed, patches=3: ("image", torch.from_numpy(pixels(seed, 3, 32, 8 * patches)))
+sound = lambda seed, frames=30: ("audio", torch.from_numpy(np.random.RandomState(seed).randn(80, frames).astype(np.float32)))
 noise = lambda width, height: Image.fromarray(pixels(0, height, width, 3))
 
 
@@ -179,6 +196,7 @@ UNUSABLE = {  # reason: records
     "human": [{"conversations": [{"from": "gpt", "value": "a"}]}],
     "gpt": [{"conversations": [{"from": "human", "value": "a"}] * 2}],
     "question": [talk("q"), talk("q", "a", "q")],
+    "audio": [talk("<audio>?", "a"), talk("?", "a", audio="x.wav"), talk("<audio>", "a", audio=5)],
     "image": [talk("<image>?", "a", image=files) for files in (None, ["x.png", "y.png"], 5, [5], {"path": "x.png"})]
     + [talk("?", "a", image="x.png"), talk("?", "a <image>", image="x.png")],
 }
@@ -198,8 +216,8 @@ def test_records_that_cannot_be_used(tmp_path, reason, record):
 def spell(segments):
     """Segments as a string: what is learned in brackets, what is no text as <kind>."""
     string = lambda ids: b"".join(MARKS.get(i, bytes([(i - 1) % 256])) for i in ids).decode()
-    image = lambda data: f"<{data if isinstance(data, str) else 'image'}>"
-    forms = {"text": string, "answer": lambda ids: f"[{string(ids)}]", "image": image}
+    signal = lambda kind: lambda data: f"<{data if isinstance(data, str) else kind}>"
+    forms = {"text": string, "answer": lambda ids: f"[{string(ids)}]", "image": signal("image"), "audio": signal("audio")}
     return "".join(forms[kind](data) for kind, data in segments)
 
 
@@ -214,6 +232,16 @@ def test_templates(template, want):
     assert spell(conversation(config, [("hi", "hello"), ("who?", "me")], iter(()))) == want
     later = conversation(config, [("who?", None)], iter(()), first=False)  # a chat that goes on
     assert spell(later) == want.split("]")[1].split("[")[0]
+
+
+@pytest.mark.parametrize("template,want", [
+    ("world", "<A>Assistant:[ yes\n\n]"), ("v1", "<A>\x16Assistant:[ yes\x17]"), ("v2", "<A>\x16Assistant:[ yes\x17]"), ("v3", "<A>\x16Assistant:[yes\x17]"),
+])
+@pytest.mark.parametrize("style", ["written", "first", "last", "sandwich"])
+def test_what_is_to_be_written_down_has_no_question(template, want, style):
+    config = dataclasses.replace(SMALL, template=template, prompt_style=style)
+    assert spell(conversation(config, [("<audio>\n", "yes")], iter([("audio", "A")]))) == want
+    assert "Why?" in spell(conversation(config, [("<audio>\nWhy?", "yes")], iter([("audio", "A")])))
 
 
 def test_pictures_spaces_and_the_end_in_a_conversation(official):
@@ -1001,6 +1029,90 @@ def test_adapter_is_conv_mlp_and_norm(kernel, stride):
     assert COUNTS.get((kernel, stride), lengths) == lengths
 
 
+@pytest.mark.parametrize("n", [480, 1600, 16000, 16000 * 31])
+def test_frames_are_those_of_whisper(n):
+    """Of the whole sound: Whisper's own cuts it at 30 seconds unless told otherwise."""
+    from transformers import WhisperFeatureExtractor
+
+    x = torch.randn(n, generator=torch.Generator().manual_seed(n)) * torch.linspace(0, 0.5, n)
+    theirs = WhisperFeatureExtractor()(x.numpy(), sampling_rate=16000, padding="do_not_pad", truncation=False)["input_features"][0]
+    ours = MelEncoder(Config()).load(x)
+    assert ours.shape == theirs.shape and np.abs(ours.numpy() - theirs).max() < 1e-6
+
+
+def test_no_sample_is_lost_and_the_shortest_sound_has_a_frame():
+    encoder, x = MelEncoder(Config()), torch.zeros(1700)
+    x[1650] = 1  # behind the last whole hop
+    assert encoder.load(x).shape == (80, 11) and encoder.load(x).std() > 0.1
+    assert encoder.load(x[:1]).shape[1] == 3 and encoder.load(x[:1]).isfinite().all()
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 16000, 44100, 48000])
+@pytest.mark.parametrize("channels", [1, 2, 6])
+@pytest.mark.parametrize("kind", ["wav", "flac", "ogg", "mp3"])
+def test_sounds_of_any_kind(tmp_path, rate, channels, kind):
+    if kind in ("ogg", "mp3") and channels > 2:
+        return  # there is no such mp3, and one of ogg's six is for low notes alone
+    wave = lambda rate: 0.4 * np.sin(2 * np.pi * 440 * np.arange(rate // 2) / rate)
+    loudness = 1 + 0.5 * np.linspace(-1, 1, channels) if channels > 1 else np.ones(1)
+    soundfile.write(tmp_path / f"x.{kind}", wave(rate)[:, None] * loudness, rate)
+    got = read_sound(tmp_path / f"x.{kind}", 16000).numpy()
+    assert abs(len(got) - 8000) < (2 if kind in ("wav", "flac") else 2500)  # mp3 is in whole blocks, with silence before and after
+    spectrum = np.abs(np.fft.rfft(got * np.hanning(len(got))))
+    assert abs(spectrum.argmax() * 16000 / len(got) - 440) < 4
+    middle = got[2000:6000]
+    assert middle.std() == pytest.approx(0.4 / 2**0.5, rel=0.1)  # the channels' mean
+    if kind in ("wav", "flac"):
+        assert np.abs(got[500:7500] - wave(16000)[500:7500]).max() < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["wav", "flac", "ogg", "mp3", "aiff"])
+@pytest.mark.parametrize("part", [0.0, 0.01, 0.3, 0.9])
+def test_a_sound_that_is_cut_short_is_refused(tmp_path, kind, part):
+    path = tmp_path / f"x.{kind}"
+    soundfile.write(path, np.random.RandomState(0).randn(30000) / 10, 16000)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(part * len(whole))])
+    assert str(path) in refusal(read_sound, path, 16000)
+
+
+def test_sounds_that_cannot_be_read(tmp_path):
+    (tmp_path / "x.wav").write_bytes(b"no sound at all")
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
+    for name, word in (("none.wav", "no such"), ("x.wav", "not a sound"), ("empty.wav", "no sound"), ("", "not a sound")):
+        message = refusal(MelEncoder(Config()).load, tmp_path / name)
+        assert str(tmp_path / name) in message and word in message
+    soundfile.write(tmp_path / "s.wav", np.ones(500) / 2, 16000)
+    data = bytearray((tmp_path / "s.wav").read_bytes())
+    data[4:8] = data[40:44] = b"\xff\xff\xff\xff"  # of a program that could not know the length
+    (tmp_path / "s.wav").write_bytes(data)
+    assert len(read_sound(tmp_path / "s.wav", 16000)) == 500
+
+
+@torch.no_grad()
+def test_a_sound_in_a_batch_is_the_sound_alone_through_two_convolutions():
+    encoder = randomise(MelEncoder(Config(encoder_width=8))).double()
+    sounds = [sound(n, n)[1] for n in (1, 2, 7, 40, 16)]
+    gelu = lambda x: x * (1 + torch.erf(x / 2**0.5)) / 2
+    for x, got in zip(sounds, encoder(sounds)):
+        want = gelu(F.conv1d(x.double()[None], encoder.conv1.weight, encoder.conv1.bias, padding=1))
+        want = gelu(F.conv1d(want, encoder.conv2.weight, encoder.conv2.bias, stride=2, padding=1))[0].T
+        assert len(want) == encoder.length(x) and distance(got, want) < 1e-12
+
+
+@torch.no_grad()
+def test_speech_adapter_halves_and_has_no_norm():
+    adapter = randomise(SpeechAdapter(12, 16, 2)).double()
+    z = {name: p.numpy() for name, p in adapter.named_parameters()}
+    signals = [torch.randn(n, 12, generator=torch.Generator().manual_seed(n)).double() for n in [23, *range(1, 9), 40]]
+    for x, y in zip(signals, adapter(signals)):
+        padded = np.pad(x.numpy(), ((2, 2), (0, 0)))
+        x = np.stack([sum(z["conv.weight"][:, :, j] @ padded[i + j] for j in range(3)) for i in range(0, len(padded) - 2, 2)]) + z["conv.bias"]
+        x = np.maximum(x @ z["mlp.0.weight"].T + z["mlp.0.bias"], 0) @ z["mlp.2.weight"].T + z["mlp.2.bias"]
+        assert distance(y, x) < 1e-12
+    assert [adapter.length(n) for n in (49, 576, 1499, 1500)] == [26, 289, 751, 751]  # those of [1]'s code
+
+
 # ---------------------------------------------------------------------------------------------- the model, generation
 
 
@@ -1064,13 +1176,14 @@ def test_any_split_is_the_full_pass(model, T, cuts, seed):
     assert_state_equal(state, full_state)
 
 
-SEGMENT = st.tuples(st.sampled_from(["text", "answer", "image"]), st.integers(1, 40))
+SEGMENT = st.tuples(st.sampled_from(["text", "answer", "image", "audio"]), st.integers(1, 40))
 
 
 def make_sample(plan, seed):
     """Segments of a plan [(kind, size)], a few tokens at its end."""
     rng = np.random.RandomState(seed % 2**32)
-    make = lambda kind, n: picture(rng.randint(2**31), n) if kind == "image" else (kind, rng.randint(0, 257, n).tolist())
+    signal = {"image": picture, "audio": sound}
+    make = lambda kind, n: signal[kind](rng.randint(2**31), n) if kind in signal else (kind, rng.randint(0, 257, n).tolist())
     return [make(kind, n) for kind, n in plan + [("text", 2)]]
 
 
@@ -1078,6 +1191,7 @@ def make_sample(plan, seed):
 @trials(12)
 @given(plans=st.lists(st.lists(SEGMENT, max_size=4), min_size=2, max_size=4), seed=SEEDS)
 @example(plans=[[], [("image", 20), ("text", 60), ("image", 9)], [("text", 1), ("image", 1)]], seed=0)
+@example(plans=[[("audio", 1)], [("audio", 40), ("image", 2), ("audio", 3)], [("text", 50)]], seed=0)
 def test_a_sample_in_a_batch_is_the_sample_alone(model, plans, seed):
     samples = [make_sample(plan, seed + i) for i, plan in enumerate(plans)]
     logits, state = model(samples)
@@ -1703,6 +1817,101 @@ def test_shapes_cannot_be_answered_without_the_picture(shapes):
     assert np.mean(right) < 0.35
 
 
+ITU = """A .- B -... C -.-. D -.. E . F ..-. G --. H .... I .. J .--- K -.- L .-.. M -- N -. O --- P .--. Q --.- R .-. S ... T - U ..- V ...-
+W .-- X -..- Y -.-- Z --.. 0 ----- 1 .---- 2 ..--- 3 ...-- 4 ....- 5 ..... 6 -.... 7 --... 8 ---.. 9 ----. ? ..--.. / -..-.""".split()
+
+
+def copy_morse(x, rate):
+    """(the text, words a minute, the tone in Hz) of samples without noise, from how long the tone and the silences are."""
+    spectrum = np.abs(np.fft.rfft(x))
+    loudness = np.convolve(x**2, np.hanning(rate // 80), "same")
+    on = loudness > 0.3 * loudness.max()
+    edges = np.flatnonzero(np.diff(on.astype(int)))
+    marks, gaps = np.diff(edges)[::2], np.diff(edges)[1::2]
+    dot = np.median(marks[marks < 0.6 * marks.max()])  # of texts with dots and dashes
+    text, letter = "", ""
+    for mark, gap in zip(marks, [*gaps, 7 * dot]):
+        letter += "-" if mark > 2 * dot else "."
+        if gap > 2 * dot:
+            text, letter = text + ITU[ITU.index(letter) - 1] + (" " if gap > 5 * dot else ""), ""
+    return text.strip(), 1.2 * rate / dot, spectrum.argmax() * rate / len(x)
+
+
+def test_morse_is_what_the_text_says():
+    key = runpy.run_path(str(REPO / "data/morse/prepare.py"))["key"]
+
+    class Quiet(random.Random):
+        def uniform(self, low, high):
+            return -9 if high == -0.15 else 0.02 if high == 0.12 else super().uniform(low, high)  # no noise, a steady hand
+
+    speeds, tones = [], []
+    for seed, text in enumerate(["THE QUICK BROWN FOX JUMPS OVER A LAZY DOG", "CQ DE K1AB/7", "0123456789?", "PARIS"] * 5):
+        got, speed, tone = copy_morse(key(text, Quiet(seed)), 4000)
+        assert got == text
+        speeds.append(speed), tones.append(tone)
+    assert 9 < min(speeds) < 14 and 26 < max(speeds) < 33 and 395 < min(tones) < 480 and 820 < max(tones) < 905
+
+
+def test_morse_records(tmp_path, monkeypatch):
+    prepare(monkeypatch, "morse", "--sounds=240", f"--out={tmp_path}")
+    first = contents(tmp_path)
+    prepare(monkeypatch, "morse", "--sounds=240", f"--out={tmp_path}")
+    assert contents(tmp_path) == first and len(first) == 2 + 240 + 20
+    train, val = (read_records(tmp_path / f"{name}.jsonl") for name in ("train", "val"))
+    texts = [{r["conversations"][1]["value"] for r in part} for part in (train, val)]
+    assert all(len(text) < 3 for text in texts[0] & texts[1]) and {len(text) for text in texts[0]} == set(range(1, 11))
+    assert {r["level"] for r in train} == {1, 2, 3, 4, 5}
+    for r in train[:50]:
+        x, rate = soundfile.read(tmp_path / r["audio"])
+        assert rate == 4000 and 0.15 < np.abs(x).max() <= 1
+
+
+@pytest.fixture(scope="session")
+def voices(tmp_path_factory):
+    """Recordings of three speakers who hum: digit d of speaker s is a tone of 200 + 150 d + 30 s Hz."""
+    folder = tmp_path_factory.mktemp("voices")
+    for s, d, i in itertools.product(range(3), range(10), range(2)):
+        x = np.sin(2 * np.pi * (200 + 150 * d + 30 * s) * np.arange(3200) / 8000)
+        soundfile.write(folder / f"{d}_{'abc'[s]}_{i}.wav", x / 2, 8000)
+    return folder
+
+
+def test_spoken_digits_hold_one_speaker_out(voices, tmp_path, monkeypatch):
+    prepare(monkeypatch, "spoken_digits", voices, "--sounds=160", f"--out={tmp_path}")
+    first = contents(tmp_path)
+    prepare(monkeypatch, "spoken_digits", voices, "--sounds=160", f"--out={tmp_path}", "--held_out=c")  # the last one is held out by default
+    assert contents(tmp_path) == first and len(first) == 2 + 160 + 10
+    for r in read_records(tmp_path / "val.jsonl"):  # as recorded: the tones of speaker c, one after another
+        x, rate = soundfile.read(tmp_path / r["audio"])
+        loud = np.convolve(np.abs(x), np.ones(80), "same") > 0.3 * np.convolve(np.abs(x), np.ones(80), "same").max()
+        edges = np.flatnonzero(np.diff(loud.astype(int)))
+        heard = []
+        for start, end in zip(edges[::2], edges[1::2]):
+            hz = np.abs(np.fft.rfft(x[start:end])).argmax() * rate / (end - start)
+            heard.append(str(round((hz - 260) / 150)))
+        assert r["conversations"][1]["value"] == " ".join(heard) and r["level"] == len(heard) <= 6
+    assert {r["level"] for r in read_records(tmp_path / "train.jsonl")} == {1, 2, 3, 4, 5, 6}
+
+
+@pytest.mark.parametrize("factor", [0.7, 1.0, 1.3])
+def test_spoken_digits_are_stretched_at_their_pitch(factor):
+    data = runpy.run_path(str(REPO / "data/spoken_digits/prepare.py"))
+    x = np.sin(2 * np.pi * 300 * np.arange(8000) / 8000)
+    hz = lambda y: np.abs(np.fft.rfft(y[400:-400] * np.hanning(len(y) - 800))).argmax() * 8000 / (len(y) - 800)
+    y, z = data["stretch"](x, factor), data["vary"](x, 1.2, factor)
+    assert len(y) == pytest.approx(8000 * factor, rel=0.01) == len(z)
+    assert hz(y) == pytest.approx(300, rel=0.02) and hz(z) == pytest.approx(360, rel=0.02)
+    assert 0.9 < np.abs(y[1000:-1000]).max() < 1.1  # the pieces fit
+
+
+def test_spoken_digits_from_a_bad_folder(voices, tmp_path, monkeypatch):
+    (tmp_path / "1_a_0.wav").write_bytes(b"RIFF")
+    for args in ([tmp_path], [tmp_path / "none"], [voices, "--held_out=nobody"]):
+        with pytest.raises(SystemExit, match="^error: .*"):
+            prepare(monkeypatch, "spoken_digits", *args, f"--out={tmp_path}")
+    assert not list(tmp_path.glob("*.jsonl"))
+
+
 # ---------------------------------------------------------------------------------------------- train.py
 
 
@@ -1848,6 +2057,41 @@ def test_a_run_scores_what_was_held_out(trained, counting):
     assert table == words.splitlines()[-len(table) - 2 : -2]  # the same in both
     [line] = [x for x in table if x.startswith("read ")]
     assert line.split()[1:4] == ["16", f"{100 * tasks['read']['exact']:.1f}", "%"]
+
+
+@pytest.mark.parametrize("table,rows", [("data", 4), ("prompt", 3), ("scan", 3)])
+def test_a_table_runs_each_row_with_three_seeds(table, rows, tmp_path, monkeypatch, capsys):
+    """The runs themselves are played by a function: it notes its flags, leaves a log, and fails once."""
+    commands, fail = [], ["_2"]
+
+    def play(command, env, stdout, stderr):
+        flags = dict(flag[2:].split("=", 1) for flag in command[2:])
+        commands.append(flags)
+        assert command[1] == str(REPO / "train.py") and env["OMP_NUM_THREADS"] == "1"
+        out = Path(flags["out_dir"])
+        broken = fail and flags["out_dir"].endswith(fail[0])
+        score = {"exact": 0.1 * int(flags["seed"]) + 0.01 * len(flags["scan"])}
+        (out / "ckpt.pt").touch()
+        (out / "log.jsonl").write_text("{" if broken else json.dumps({"step": 7, **score, "tasks": {"read": {"exact": 0.5}}}) + "\n")
+        return SimpleNamespace(returncode=int(bool(broken)))
+
+    monkeypatch.setattr(train.subprocess, "run", play)
+    monkeypatch.setattr(train, "find_data", lambda *names: None)
+    argv = [f"--ablate={table}", f"--out_dir={tmp_path}", "--max_steps=7", "--seed", "9"]
+    assert "_2 did not finish" in refusal(train.main, argv) and "said.txt" in refusal(train.main, argv)
+    fail.clear()
+    done = sum((folder / "log.jsonl").read_text() != "{" for folder in tmp_path.iterdir())
+    commands.clear(), capsys.readouterr()
+    train.main(argv)
+    assert len(commands) == 3 * rows - done  # what was done stays done
+    assert any(flags["resume"] == "True" for flags in commands)  # what was broken goes on
+    assert all(flags["max_steps"] == "7" and "ablate" not in flags for flags in commands)
+    assert len({flags["out_dir"] for flags in commands}) == len(commands) and {flags["seed"] for flags in commands} <= {"1", "2", "3"}
+    head, line, *lines = capsys.readouterr().out.splitlines()[-rows - 2 :]
+    assert head == "| % exact on digits | all | read |" and line == "|---|---|---|"
+    for text, (rwkv, scan, style) in zip(lines, train.ABLATIONS[table], strict=True):
+        assert text == f"| RWKV-{rwkv}, {scan}, {style} | {20 + len(scan):.1f} ± 10.0 | 50.0 ± 0.0 |"
+    assert "--ablate=x" in refusal(train.main, ["--ablate=x"])
 
 
 def test_the_last_line_names_the_next_command(trained, counting):

@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, fields
 
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # read when torch is imported: a busy machine needs OpenMP to wait politely
 
+import soundfile
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -87,9 +88,12 @@ class Train:
 
 # ---------------------------------------------------------------------------------------------- data
 
-SUITED = {  # settings of the model that suit an embedded data set, unless they are given
-    "shapes": {"image_height": 48, "patch_height": 8, "patch_width": 8, "conv_kernel": 0, "image_trim": False},
-    "shakespeare": {"image_encoder": "none"},
+SUITED = {  # settings that suit an embedded data set, unless they are given
+    "shapes": dict(image_height=48, patch_height=16, patch_width=16, conv_kernel=0, image_trim=False, n_layer=3, prompt_style="last")
+    | dict(learning_rate=1.2e-3, batch_size=32, max_steps=4000, level_steps=100, eval_interval=1000, save_interval=1000),
+    "morse": dict(image_encoder="none", audio_encoder="mel"),
+    "spoken_digits": dict(image_encoder="none", audio_encoder="mel"),
+    "shakespeare": dict(image_encoder="none"),
 }
 
 
@@ -160,11 +164,15 @@ class Batches:
 
 
 def rough_length(record):
-    """About how long a record is as a sequence: characters, and the shape of its pictures from their headers alone."""
+    """About how long a record is as a sequence: characters, and what the headers alone say of its pictures and sounds."""
     n = len(record.get("text") or "") + sum(len(question) + len(answer) + 4 for question, answer in record_turns(record))
-    for _, path in record_media(record):
-        with contextlib.suppress(Exception), Image.open(path) as image:  # reading it whole will say what is wrong
-            n += 5 * image.width / image.height
+    for kind, path in record_media(record):
+        with contextlib.suppress(Exception):  # reading it whole will say what is wrong
+            if kind == "image":
+                with Image.open(path) as image:
+                    n += 5 * image.width / image.height
+            else:
+                n += 25 * soundfile.info(path).duration
     return n
 
 
@@ -295,31 +303,43 @@ ABLATIONS = {  # VisualRWKV's tables 1, 3 and 4: generation, scan and prompt sty
 
 
 def ablate(s, settings):
-    """Trains each row of a table with three seeds, in processes of their own, into folders of out_dir, and prints the table.
-    A row that is there already is not trained again, one that was stopped goes on. settings: {name: value} for all of them."""
+    """Trains each row of a table with three seeds, each run a process of its own into a folder of out_dir, and prints the table.
+    A run that is there already is not done again, one that was stopped goes on. settings: {name: value} for all of them.
+    On a CPU, runs go side by side, a thread each, which wastes nothing."""
     if s.ablate not in ABLATIONS:
         raise InputError(f"--ablate={s.ablate} is not one of {', '.join(ABLATIONS)}")
-    rows = {}
-    for rwkv, scan, style in ABLATIONS[s.ablate]:
-        for seed in (1, 2, 3):
-            folder = os.path.join(s.out_dir, f"{s.data}_rwkv{rwkv}_{scan}_{style}_{seed}")
 
-            def last():  # what the log says in the end
-                with contextlib.suppress(OSError, ValueError, IndexError), open(os.path.join(folder, "log.jsonl")) as f:
-                    return json.loads(f.readlines()[-1])
-                return {}
+    def run(row, seed):
+        """{"all" or task: % exact} of a row of ABLATIONS."""
+        folder = os.path.join(s.out_dir, "_".join(map(str, (s.data, f"rwkv{row[0]}", *row[1:], seed))))
 
-            if "tasks" not in last() or last()["step"] < s.max_steps:
-                own = {"rwkv": rwkv, "scan": scan, "prompt_style": style, "seed": seed, "out_dir": folder}
-                own["resume"] = os.path.exists(os.path.join(folder, "ckpt.pt"))
-                command = [sys.executable, os.path.abspath(__file__), *(f"--{name}={value}" for name, value in (settings | own).items())]
-                if subprocess.run(command).returncode:
-                    raise InputError(f"the run into {folder} did not finish: see its message above")
-            scores = {"all": last(), **last()["tasks"]}
-            rows.setdefault(f"RWKV-{rwkv}, {scan}, {style}", []).append([100 * score["exact"] for score in scores.values()])
-    print(f"| % exact on {s.data} | {' | '.join(scores)} |\n{'|---' * (len(scores) + 1)}|")
-    for name, runs in rows.items():
-        print(f"| {name} | " + " | ".join(f"{statistics.mean(x):.1f} ± {statistics.stdev(x):.1f}" for x in zip(*runs)) + " |")
+        def last():  # what the log says in the end
+            with contextlib.suppress(OSError, ValueError, IndexError), open(os.path.join(folder, "log.jsonl")) as f:
+                return json.loads(f.readlines()[-1])
+            return {}
+
+        if "tasks" not in last() or last()["step"] < s.max_steps:
+            own = dict(zip(("rwkv", "scan", "prompt_style"), row)) | {"seed": seed, "out_dir": folder}
+            own["resume"] = os.path.exists(os.path.join(folder, "ckpt.pt"))
+            command = [sys.executable, os.path.abspath(__file__), *(f"--{name}={value}" for name, value in (settings | own).items())]
+            os.makedirs(folder, exist_ok=True)
+            with open(os.path.join(folder, "said.txt"), "a") as out:
+                if subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=out, stderr=out).returncode:
+                    raise InputError(f"the run into {folder} did not finish: {out.name} says why")
+        say(f"{folder}: {100 * last()['exact']:.1f} % exact")
+        return {name: 100 * score["exact"] for name, score in {"all": last(), **last()["tasks"]}.items()}
+
+    find_data(s.data, s.val_data)  # prepared once
+    rows, seeds = ABLATIONS[s.ablate], (1, 2, 3)
+    pool = ThreadPoolExecutor(torch.get_num_threads() if find_device(s.device).type == "cpu" else 1)
+    try:
+        scores = list(pool.map(run, *zip(*itertools.product(rows, seeds))))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    print(f"| % exact on {s.data} | {' | '.join(scores[0])} |\n{'|---' * (len(scores[0]) + 1)}|")
+    for i, (rwkv, scan, style) in enumerate(rows):
+        of_row = [[run[name] for run in scores[len(seeds) * i : len(seeds) * (i + 1)]] for name in scores[0]]
+        print(f"| RWKV-{rwkv}, {scan}, {style} | " + " | ".join(f"{statistics.mean(x):.1f} ± {statistics.stdev(x):.1f}" for x in of_row) + " |")
 
 
 def start(s, config, given):
@@ -362,11 +382,11 @@ def main(argv=None):
 
     if s.bench:
         return bench(device)
-    if s.ablate:
-        return ablate(s, {name: value for name, value in (asdict(s) | asdict(config)).items() if name in given - {"ablate"}})
     for name, value in SUITED.get(s.data, {}).items():
         if name not in given:
-            setattr(config, name, value)
+            setattr(s if hasattr(s, name) else config, name, value)
+    if s.ablate:
+        return ablate(s, {name: value for name, value in (asdict(s) | asdict(config)).items() if name in given - {"ablate"}})
     ckpt, s, model = start(s, config, given)
     if s.batch_size % (world * s.grad_accum):
         raise InputError(f"--batch_size={s.batch_size} is not a multiple of {world} process(es) x --grad_accum={s.grad_accum}")
@@ -503,7 +523,8 @@ def main(argv=None):
         draw_curve(log_path, os.path.join(s.out_dir, "loss.png"))
         say(f"held-out loss {result['val_loss']:.4f}")
         report(asked, answers)
-        ask_it = '--image=PICTURE.png --prompt="What number is this?"' if "image" in model.encoder else "--raw"
+        ask_it = {"image": '--image=PICTURE.png --prompt="What number is this?"', "audio": "--audio=SOUND.wav"}
+        ask_it = next((ask_it[kind] for kind in model.encoder), "--raw")
         say(f"Next, ask it yourself:\n    python sample.py --out_dir={s.out_dir} {ask_it}")
     if world > 1:
         dist.barrier()
@@ -515,3 +536,5 @@ if __name__ == "__main__":
         main()
     except (InputError, OSError) as e:
         sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)
