@@ -439,7 +439,7 @@ def main(argv=None):
     language = lambda n: not n.startswith(("encoder.", "adapter."))
     bf16 = precision(s.dtype, device)
     say(
-        f"model: {millions(language):.2f} M parameters of RWKV-7 ({model.config.n_layer} layers x {model.config.n_embd}), "
+        f"model: {millions(language):.2f} M parameters of RWKV-{model.config.rwkv} ({model.config.n_layer} layers x {model.config.n_embd}), "
         f"{millions(lambda n: not language(n)):.2f} M of encoders and adapters; {device}, {'bfloat16' if bf16 else 'float32'}"
         + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
         + (f", {world} processes" if world > 1 else "")
