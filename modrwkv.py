@@ -1,11 +1,12 @@
-"""ModRWKV: one RWKV-7 language model that reads text, pictures and sound, in one file.
+"""ModRWKV: one RWKV language model that reads text, pictures, sound and time series, in one file.
 
 A signal passes an encoder, a Conv1D that shortens it, and a tiny adapter; what comes out are
 vectors as wide as a token's embedding, and from there on they are tokens like any other:
 
     picture -> PatchEncoder -> Conv1D -> MLP --\
-    sound   -> MelEncoder   -> Conv1D -> MLP ---- fuse -> ln0 -> RWKV-7 blocks -> ln_out -> head
-    text    -> tokenizer    -> emb ------------/
+    sound   -> MelEncoder   -> Conv1D -> MLP ---\
+    series  -> WaveNet      -> Conv1D -> MLP ---- fuse -> ln0 -> RWKV blocks -> ln_out -> head: the answer's next token
+    text    -> tokenizer    -> emb ------------/                                         -> forecast_head: the series' next points
 
 Read from top to bottom: text and conversations, the recurrence, the blocks, encoders and adapters,
 the model, the optimizer's groups, checkpoints.
@@ -17,6 +18,7 @@ References
     [4] the official training code, RWKV-LM/RWKV-v7/train_temp, and the inference package `rwkv`
     [5] Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence, Peng et al. 2024, arXiv:2404.05892
     [6] Robust Speech Recognition via Large-Scale Weak Supervision (Whisper), Radford et al. 2022, arXiv:2212.04356
+    [7] WaveNet: A Generative Model for Raw Audio, van den Oord et al. 2016, arXiv:1609.03499
 
 Glossary: symbol here = symbol in [2] (in brackets: names of the official files)
     B, T, C, H, N   batch, time, n_embd, heads, head size (64)
@@ -36,6 +38,7 @@ Glossary: symbol here = symbol in [2] (in brackets: names of the official files)
 import ast
 import codecs
 import contextlib
+import csv
 import ctypes
 import dataclasses
 import functools
@@ -80,15 +83,20 @@ class Config:
     tokenizer: str = setting("bytes", "bytes, gpt2, or the path of an RWKV World vocabulary (rwkv_vocab_v20230424.txt)")
     template: str = setting("world", "how turns are written as text: world, v1, v2 or v3")
     prompt_style: str = setting("written", "where a question has its pictures: written (where its marks are), first, last or sandwich")
-    scan: str = setting("uni", "order in which layers read a picture's vectors: uni, bi (forward, backward) or multi (also down, up)")
+    scan: str = setting("uni", "order in which layers read a picture's vectors: uni, bi (forward, backward) or multi (down, up: layers 3 and 4)")
     image_encoder: str = setting("patch", "patch, or none for a model without eyes")
     audio_encoder: str = setting("none", "mel, or none for a model without ears")
+    series_encoder: str = setting("none", "wavenet, timer (pretrained: see --timer_weights), or none for a model that reads no series")
+    series_kernel: int = setting(24, "kernel of the Conv1D after the series encoder; 0 for no Conv1D")
+    series_stride: int = setting(24, "stride of that Conv1D: so many points a vector")
+    lookback: int = setting(720, "points of a series that a forecast is made from")
+    horizon: int = setting(96, "points that each vector of a series predicts")
     image_height: int = setting(32, "a picture is scaled to this many pixels in height; its width follows")
     patch_height: int = setting(32, "height of a patch in pixels; the image height gives column patches")
     patch_width: int = setting(4, "width of a patch in pixels")
     encoder_width: int = setting(128, "width of the vectors of an encoder that is trained from scratch")
     image_trim: bool = setting(True, "cut away the empty border of a picture")
-    conv_kernel: int = setting(6, "kernel of the Conv1D behind the encoder; 0 for no Conv1D")
+    conv_kernel: int = setting(6, "kernel of the Conv1D after the image encoder; 0 for no Conv1D")
     conv_stride: int = setting(2, "stride of the Conv1D: that many fewer vectors per picture")
     adapter_scale: int = setting(4, "hidden width of the adapter, in units of n_embd")
 
@@ -180,7 +188,8 @@ def get_tokenizer(name):
 # ----------------------------------------------------------------------------------------------
 # 2. Conversations: from LLaVA's JSON to a sample
 # A sample is a list of segments (kind, data): ("text", ids) read, ("answer", ids) read and learned,
-# ("image", pixels), ("audio", log-mel frames). Everything that is trained on, asked or scored is written by `conversation`.
+# ("image", pixels), ("audio", log-mel frames), ("series", points); or ("forecast", (points, targets)) alone.
+# Every conversation that is trained on, asked or scored is written by `conversation`.
 
 
 @dataclass
@@ -198,7 +207,7 @@ TEMPLATES = {
     "v2": Template("", "\x16User: {}\x17", "\x16Assistant:", " ", "\x17"),  # ModRWKV, the paper's code
     "v3": Template("", "\x16User:{}\x17", "\x16Assistant:", "", "\x17"),  # ModRWKV, August 2025 on
 }
-MEDIA = ("image", "audio")
+MEDIA = ("image", "audio", "series")
 MARK = re.compile("(" + "|".join(f"<{kind}>" for kind in MEDIA) + ")")  # where a signal stands in a question
 
 
@@ -233,21 +242,38 @@ def read_records(path):
     return records
 
 
+is_numbers = lambda x: isinstance(x, list) and len(x) > 0 and all(isinstance(y, int | float) or y is None for y in x)
+
+
+def record_files(record, kind):
+    """What a record has of a kind, as a list of paths; a series may be a list of numbers instead, null where unknown."""
+    files = record.get(kind) or []
+    return [files] if isinstance(files, str) or kind == "series" and is_numbers(files) else files
+
+
 def record_media(record):
-    """[(kind, path)] of a record, in the order of its marks; paths are relative to the record's file."""
-    paths = {kind: [record[kind]] if isinstance(record.get(kind), str) else list(record.get(kind) or []) for kind in MEDIA}
-    marks = MARK.findall("".join(question for question, _ in record_turns(record)))
-    return [(mark[1:-1], os.path.join(record["_folder"], paths[mark[1:-1]].pop(0))) for mark in marks]
+    """[(kind, path or numbers)] of a record, in the order of its marks; paths are relative to the record's file."""
+    files = {kind: list(record_files(record, kind)) for kind in MEDIA}
+    marks = [mark[1:-1] for mark in MARK.findall("".join(question for question, _ in record_turns(record)))]
+    found = [(kind, files[kind].pop(0)) for kind in marks]
+    return [(kind, file if is_numbers(file) else os.path.join(record["_folder"], file)) for kind, file in found]
 
 
 def check_record(record):
-    """Raises InputError, naming the record, unless it is {"text": ...} or a well-formed conversation."""
+    """Raises InputError, naming the record, unless it is {"text": ...}, {"target": [...]} (behind its "series", if any) or a conversation."""
     turns, at = record.get("conversations"), record["_at"]
     if not isinstance(record.get("level", 0), int):
         raise InputError(f'{at}: "level" is not a whole number')
     if isinstance(record.get("text"), str) and turns is None:
         if not record["text"]:
             raise InputError(f'{at}: "text" is empty')
+        return
+    if "target" in record and turns is None:
+        if not is_numbers(record["target"]) or sum(x is not None and math.isfinite(x) for x in record["target"]) < 2:
+            raise InputError(f'{at}: "target" is not a list of two numbers or more')
+        past = record_files(record, "series")
+        if not isinstance(past, list) or len(past) > 1 or not all(isinstance(x, str) or is_numbers(x) for x in past):
+            raise InputError(f'{at}: "series" is neither a path nor a list of numbers')
         return
     if not isinstance(turns, list) or not turns:
         raise InputError(f'{at}: no "conversations"')
@@ -263,10 +289,9 @@ def check_record(record):
     if len(turns) % 2:
         raise InputError(f"{at}: the last question has no answer")
     for kind in MEDIA:
-        files = record.get(kind) or []
-        files = [files] if isinstance(files, str) else files
-        if not isinstance(files, list) or not all(isinstance(file, str) for file in files):
-            raise InputError(f'{at}: "{kind}" is neither a path nor a list of paths')
+        files = record_files(record, kind)
+        if not isinstance(files, list) or not all(isinstance(file, str) or kind == "series" and is_numbers(file) for file in files):
+            raise InputError(f'{at}: "{kind}" is neither a path nor a list of paths' + (", nor numbers" if kind == "series" else ""))
         n = len(files)
         if marks[kind] != n:
             raise InputError(f"{at}: {marks[kind]} <{kind}> in the questions, but {n} {kind} file(s)")
@@ -792,6 +817,13 @@ class Block(nn.Module):
 # 5. Encoders: from a file to vectors
 
 
+def start_loud(*layers):
+    """Initial values under which a signal neither fades from layer to layer nor drowns in biases: that would delay its emergence."""
+    for layer in layers:
+        nn.init.kaiming_normal_(layer.weight)
+        nn.init.zeros_(layer.bias)
+
+
 class PatchEncoder(nn.Module):
     """Patches of a picture, from scratch: two small convolutions, which see strokes and edges wherever they are
     (Xiao et al. 2021, arXiv:2106.14881), then one linear layer a patch, as in ViT. The height is fixed, the width free."""
@@ -808,9 +840,7 @@ class PatchEncoder(nn.Module):
         self.conv1, self.conv2 = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 32, 3, 2, 1)
         patch = (config.patch_height // 4, config.patch_width // 4)
         self.proj = nn.Conv2d(32, self.width, patch, patch)
-        for layer in (self.conv1, self.conv2, self.proj):
-            nn.init.kaiming_normal_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        start_loud(self.conv1, self.conv2, self.proj)
         self.row = nn.Parameter(torch.zeros(config.image_height // config.patch_height, self.width))
         self.col = nn.Parameter(torch.zeros(-(-config.image_height * 16 // config.patch_width), self.width))
 
@@ -874,6 +904,7 @@ class MelEncoder(nn.Module):
         super().__init__()
         self.width = config.encoder_width
         self.conv1, self.conv2 = nn.Conv1d(self.BINS, self.width, 3, 1, 1), nn.Conv1d(self.width, self.width, 3, 2, 1)
+        start_loud(self.conv1, self.conv2)
 
     @staticmethod
     @functools.lru_cache
@@ -926,14 +957,200 @@ def read_sound(path, rate):
         raise InputError(f"{path} is not a sound that can be read: {str(e) or 'it is damaged or cut short'}") from e
     data = re.search(r"^ ?(?:data|SSND) : (\d+) \(should be (\d+)\)", notes, re.M)  # of wav and aiff: what the header promises, what is there
     short = data and int(data[2]) < int(data[1]) < 0xFFFFFF00  # more is promised by what was written as a stream
-    if len(x) < promised or short or "lacks an end-of-stream" in notes:
+    if len(x) < promised or short or "lacks an end-of-stream" in notes or "Junk after the last page" in notes:
         raise InputError(f"{path} is cut short: it ends before its header says it does")
     if not len(x):
         raise InputError(f"{path} holds no sound")
+    if not np.isfinite(x).all():
+        raise InputError(f"{path} holds samples that are no numbers")
     return torch.from_numpy(soxr.resample(x.mean(1), own_rate, rate))
 
 
-ENCODERS = {"image": {"patch": PatchEncoder}, "audio": {"mel": MelEncoder}}
+class WaveNet(nn.Module):
+    """A series as one vector a point: gated causal convolutions with growing dilations ([7], section 2), from scratch as in [1].
+    Vector t knows the points up to t alone; before the series there are zeros, its mean."""
+
+    CHANNELS, DILATIONS = 8, (1, 2, 4, 8)
+
+    def __init__(self, config):
+        super().__init__()
+        n, self.width = self.CHANNELS, config.encoder_width
+        self.start = nn.Conv1d(2, n, 1)
+        self.gates = nn.ModuleList(nn.Conv1d(n, 2 * n, 2, dilation=d) for d in self.DILATIONS)
+        self.residuals = nn.ModuleList(nn.Conv1d(n, n, 1) for _ in self.DILATIONS)
+        self.end = nn.Conv1d(n + 2, self.width, 1)
+
+    def load(self, series):
+        """A .csv file (its last column), or numbers, as normalised points: see `normalise`."""
+        return normalise(read_series(series))[0]
+
+    def length(self, points):
+        return points.shape[1]
+
+    def ends(self, n):
+        """Which of n points each vector ends on."""
+        return range(n)
+
+    def forward(self, series):
+        """[(2, n)] -> [(n, width)]"""
+        x = pad([points.T for points in series]).mT.to(self.start.weight)
+        h, skips = self.start(x), 0
+        for dilation, gate, residual in zip(self.DILATIONS, self.gates, self.residuals):
+            value, opening = gate(F.pad(h, (dilation, 0))).chunk(2, 1)
+            z = value.tanh() * opening.sigmoid()
+            h, skips = h + residual(z), skips + z
+        y = self.end(torch.cat([skips.relu(), x], 1)).mT
+        return [y[i, : points.shape[1]] for i, points in enumerate(series)]
+
+
+class Timer(nn.Module):
+    """The pretrained transformer thuml/timer-base-84m (Liu et al. 2024, arXiv:2402.02368) with its own parameter names: a vector for each 96
+    points, the series' first n mod 96 left out, as the newest count. Frozen; post-norm, rotary positions, no dropout."""
+
+    pretrained, width = True, 1024
+    PATCH, LAYERS, HEADS, HIDDEN = 96, 8, 8, 2048
+
+    def __init__(self, config):
+        super().__init__()
+        named = lambda **modules: nn.ModuleDict(modules)
+        C, dense = self.width, lambda n, m, bias=False: nn.Linear(n, m, bias=bias)
+        layers = [
+            named(
+                self_attn=named(**{f"{x}_proj": dense(C, C, x != "o") for x in "qkvo"}),
+                ffn_layer=named(gate_proj=dense(C, self.HIDDEN), up_proj=dense(C, self.HIDDEN), down_proj=dense(self.HIDDEN, C)),
+                norm1=nn.LayerNorm(C),
+                norm2=nn.LayerNorm(C),
+            )
+            for _ in range(self.LAYERS)
+        ]
+        self.model = named(embed_layer=named(emb=dense(self.PATCH, C)), layers=nn.ModuleList(layers), norm=nn.LayerNorm(C))
+        self.lm_heads = nn.ModuleList([dense(C, self.PATCH)])
+
+    load = WaveNet.load
+
+    def length(self, points):
+        return max(1, points.shape[1] // self.PATCH)
+
+    def ends(self, n):
+        return range(n - 1 - self.PATCH * (max(1, n // self.PATCH) - 1), n, self.PATCH)
+
+    def rotate(self, x):
+        """(B, H, n, N) -> the same, each pair of channels (j, j + N / 2) turned by n / 10000^(2 j / N)."""
+        n, N = x.shape[2:]
+        angle = torch.arange(n, device=x.device)[:, None] * 10000 ** (-torch.arange(0, N, 2, device=x.device) / N)
+        (a, b), cos, sin = x.chunk(2, -1), angle.cos().to(x), angle.sin().to(x)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    @torch.no_grad()
+    def forward(self, series):
+        """[(2, n)] -> [(n // 96, 1024)]; what is shorter than 96 points is preceded by zeros, its mean."""
+        patches = [F.pad(x[0], (max(0, self.PATCH - x.shape[1]), 0))[-self.PATCH * self.length(x) :].unflatten(0, (-1, self.PATCH)) for x in series]
+        x = self.model.embed_layer.emb(pad(patches).to(self.model.norm.weight))
+        heads = lambda x: x.unflatten(-1, (self.HEADS, -1)).transpose(1, 2)  # (B, n, C) -> (B, H, n, N)
+        for layer in self.model.layers:
+            attn, ffn = layer.self_attn, layer.ffn_layer
+            q, k, v = (heads(attn[name](x)) for name in ("q_proj", "k_proj", "v_proj"))
+            y = F.scaled_dot_product_attention(self.rotate(q), self.rotate(k), v, is_causal=True)
+            x = layer.norm1(x + attn.o_proj(y.transpose(1, 2).flatten(2)))
+            x = layer.norm2(x + ffn.down_proj(F.silu(ffn.gate_proj(x)) * ffn.up_proj(x)))
+        return [y[: len(p)] for y, p in zip(self.model.norm(x), patches)]
+
+
+def read_timer(encoder, path):
+    """Fills a Timer with the published model.safetensors; raises InputError, naming what is missing or too much."""
+    try:
+        from safetensors.torch import load_file
+
+        weights = load_file(path)
+    except ImportError as e:
+        raise InputError('Timer\'s weights take safetensors: pip install -e ".[pretrained]"') from e
+    except Exception as e:  # safetensors' own, and OSError
+        raise InputError(f"cannot read Timer's weights from {path}: {e}") from e
+    fit(encoder, weights, path)
+
+
+def read_series(series):
+    """Numbers, or a .csv file's last column (or the one named behind a #: x.csv#load), as (n,) float64, NaN where unknown."""
+    if isinstance(series, str | os.PathLike):
+        path, _, column = re.fullmatch(r"(.*?\.csv|.*?)(#(.*))?", str(series), re.I | re.S).groups("")
+        return read_table(path, column)[1][:, 0]
+    x = torch.tensor([math.nan if x is None else float(x) for x in series], dtype=torch.float64)
+    if not x.isfinite().any():
+        raise InputError("a series has no numbers")
+    return x
+
+
+def read_table(path, column=None):
+    """
+    (names, (rows, columns) float64, NaN where unknown) of a .csv file with a header.
+
+    column: the name of one, "" for the last one, None for all that begin with a number (the others are dates and words).
+    Raises InputError naming file, line and column.
+    """
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as f:
+            text = f.read()
+        first = text.partition("\n")[0]
+        rows = [(n, row) for n, row in enumerate(csv.reader(text.splitlines(), delimiter=max(",;\t", key=first.count)), 1) if row]
+    except OSError as e:
+        raise InputError(f"cannot read {path}: {e.strerror}") from e
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise InputError(f"{path} is not a .csv file: {e}") from e
+
+    def number(text):
+        if text.strip().lower() in ("", "na", "nan", "null", "none", "-"):
+            return math.nan
+        try:
+            return float(text)
+        except ValueError:
+            return None
+
+    if len(rows) < 2:
+        raise InputError(f"{path} has no rows under its header")
+    (_, names), *rows = rows
+    if all(number(name) is not None for name in names):
+        raise InputError(f"{path} has no header: its first line has to name its columns")
+    for n, row in rows:
+        if len(row) != len(names):
+            raise InputError(f"{path}, line {n}, has {len(row)} values, not {len(names)} as its header has")
+    known = lambda i: next((x for x in (number(row[i]) for _, row in rows) if x is None or x == x), math.nan)  # the first there is
+    if column is None:
+        columns = [i for i in range(len(names)) if (x := known(i)) is not None and x == x]
+    elif column and column not in names:
+        raise InputError(f"{path} has no column {column}; its columns are {', '.join(names)}")
+    else:
+        columns = [names.index(column) if column else len(names) - 1]
+    for i in columns:
+        if (x := known(i)) is not None and x != x:
+            raise InputError(f"{path}: column {names[i] or i + 1} is empty; another is chosen by {path}#NAME")
+        for n, row in rows:
+            if number(row[i]) is None:
+                raise InputError(f"{path}, line {n}: {row[i]!r} in column {names[i]} is not a number; another column is chosen by {path}#NAME")
+    if not columns:
+        raise InputError(f"{path} has no column of numbers")
+    return [names[i] for i in columns], torch.tensor([[number(row[i]) for i in columns] for _, row in rows], dtype=torch.float64)
+
+
+def normalise(x, known=None, scale=None):
+    """
+    A series' points with mean 0 and about unit variance, what is unknown 0.
+
+    Args: x (n,), NaN or infinite where unknown; known: mean and variance are those of the first so many; scale: of the
+    whole series, by default the standard deviation of x: a tenth of it is added, so that a silence is not blown up.
+    Returns: (2, n) float32, values clamped to +-10 and whether they are known; and the mean and the deviation that undo it.
+    """
+    there = x.isfinite()
+    first = x[:known][there[:known]]
+    everything = x[there]
+    scale = (everything.std(correction=0) if len(everything) else x.new_zeros(())) if scale is None else scale
+    mean = first.mean() if len(first) else x.new_zeros(())
+    floor = 0.1 * scale if len(everything) and scale > 1e-12 * everything.abs().max() else 1.0
+    deviation = (first.var(correction=0) + floor**2).sqrt() if len(first) else x.new_tensor(floor)
+    points = torch.where(there, ((x - mean) / deviation).clamp(-10, 10), 0)
+    return torch.stack([points, there.to(x)]).float(), mean.item(), deviation.item()
+
+
+ENCODERS = {"image": {"patch": PatchEncoder}, "audio": {"mel": MelEncoder}, "series": {"wavenet": WaveNet, "timer": Timer}}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -993,6 +1210,7 @@ class SpeechAdapter(nn.Module):
         hidden = scale * n_embd
         self.conv = nn.Conv1d(width, hidden, 3, 2, 2)
         self.mlp = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, n_embd))
+        start_loud(self.conv, self.mlp[0], self.mlp[2])
 
     def length(self, n):
         return (n + 1) // 2 + 1
@@ -1028,7 +1246,9 @@ class ModRWKV(nn.Module):
     def __init__(self, config, vocab_size=None, ranks=None, hidden=None):
         """vocab_size, ranks of the low-rank matrices and hidden width of the FFN: read off a checkpoint, else official."""
         super().__init__()
-        for name in ("n_layer", "n_embd", "head_size", "image_height", "patch_height", "patch_width", "encoder_width", "conv_stride", "adapter_scale"):
+        for name in ("n_layer", "n_embd", "head_size", "image_height", "patch_height", "patch_width", "encoder_width") + (
+            "conv_stride", "adapter_scale", "series_stride", "lookback", "horizon"
+        ):
             if getattr(config, name) < 1:
                 raise InputError(f"{name}={getattr(config, name)} is not at least 1")
         if config.n_embd % config.head_size:
@@ -1051,8 +1271,15 @@ class ModRWKV(nn.Module):
                 raise InputError(f"{kind}_encoder={name} is not one of {', '.join(ENCODERS[kind])}, none")
             if name != "none":
                 encoder = self.encoder[kind] = ENCODERS[kind][name](config)
-                conv = (config.conv_kernel, config.conv_stride) if kind == "image" else ()
-                self.adapter[kind] = (Adapter if conv else SpeechAdapter)(encoder.width, C, config.adapter_scale, *conv)
+                convs = {"image": (config.conv_kernel, config.conv_stride), "series": (config.series_kernel, config.series_stride)}
+                self.adapter[kind] = (Adapter if kind in convs else SpeechAdapter)(encoder.width, C, config.adapter_scale, *convs.get(kind, ()))
+        if "series" in self.encoder:
+            n, kernel = len(self.encoder["series"].ends(config.lookback)), config.series_kernel
+            if kernel and not config.series_stride <= kernel <= n:
+                raise InputError(f"series_kernel={kernel} is not 0, nor from series_stride={config.series_stride} to the {n} vectors of a lookback")
+            self.forecast_head = nn.Linear(C, config.horizon)
+            nn.init.zeros_(self.forecast_head.weight)  # the first forecast is the mean
+            nn.init.zeros_(self.forecast_head.bias)
 
     # -- from records and questions to samples --
 
@@ -1061,13 +1288,17 @@ class ModRWKV(nn.Module):
         try:
             for kind, path in media:
                 if kind not in self.encoder:
-                    raise InputError(f"{path}: this model was made without an {kind} encoder")
+                    name = path if isinstance(path, str | os.PathLike) else "a list of numbers"
+                    raise InputError(f"{name}: this model has no {kind} encoder; train one with --{kind}_encoder={next(iter(ENCODERS[kind]))}")
             return conversation(self.config, turns, ((kind, self.encoder[kind].load(path)) for kind, path in media), first)
         except InputError as e:
             raise InputError(f"{at}: {e}" if at else str(e)) from e
 
     def sample(self, record):
         """The segments of a record of read_records, to learn from; raises InputError naming the record."""
+        if "target" in record and not record.get("conversations"):
+            past = [file if is_numbers(file) else os.path.join(record["_folder"], file) for file in record_files(record, "series")]
+            return [("forecast", torch.cat([read_series(x) for x in (*past, record["target"])]))]
         if not record.get("conversations"):
             tokenizer = get_tokenizer(self.config.tokenizer)
             return [("answer", tokenizer.encode(record["text"]) + [tokenizer.end])]
@@ -1083,9 +1314,38 @@ class ModRWKV(nn.Module):
             prompt = f"<{kind}>\n" * missing + prompt
         return self.segments([(prompt, None)], [files[mark[1:-1]].pop(0) for mark in MARK.findall(prompt)], first)
 
+    def window(self, x, rng=None):
+        """
+        The sample that learns to forecast a stretch of a series x (n,): a segment ("forecast", (points (2, lookback), targets)).
+
+        Every vector predicts the `horizon` points that follow it: targets (vectors, horizon), NaN where there is nothing to learn, which
+        is also where the prediction would be of points that mean and deviation have seen. Without rng it is the last stretch, and
+        the last vector alone predicts.
+        """
+        if "series" not in self.encoder:
+            raise InputError("this model has no series encoder; train one with --series_encoder=wavenet")
+        n, horizon = self.config.lookback, self.config.horizon
+        x = F.pad(x, (max(0, n + horizon - len(x)), 0), value=math.nan)
+        start, known = len(x) - n - horizon, n
+        if rng:
+            start = rng.randint(0, start)
+            blank = next((i for i in range(n) if x[start + i].isfinite()), n)  # points before the first
+            known = n if rng.random() < 0.15 else rng.randint(blank + (n - blank) // 3, n)
+        past, x = x[: start + known], x[start : start + n + horizon]
+        points, *_ = normalise(x, known, past[past.isfinite()].std(correction=0))
+        ends = self.encoder["series"].ends(n)
+        ends = torch.tensor([ends[i] for i in self.adapter["series"].ends(len(ends))])
+        targets = torch.where(points[1] > 0, points[0], math.nan)[ends[:, None] + torch.arange(1, horizon + 1)]
+        targets[ends + 1 < known if points[1, :n].any() else ...] = math.nan
+        return [("forecast", (points[:, :n], targets))]
+
     def length(self, sample):
         """How many vectors a sample becomes."""
-        return sum(len(x) if kind in ("text", "answer") else self.adapter[kind].length(self.encoder[kind].length(x)) for kind, x in sample)
+        n = 0
+        for kind, data in sample:
+            kind, data = ("series", data[0]) if kind == "forecast" else (kind, data)
+            n += len(data) if kind in ("text", "answer") else self.adapter[kind].length(self.encoder[kind].length(data))
+        return n
 
     # -- fuse, forward, loss --
 
@@ -1100,16 +1360,17 @@ class ModRWKV(nn.Module):
         if len(ids) and not 0 <= ids.min() <= ids.max() < self.emb.num_embeddings:
             raise InputError(f"token {ids.max()} is beyond the model's vocabulary of {self.emb.num_embeddings}")
         vectors = {"text": iter(self.emb(ids.to(device)).split([len(d) for s in samples for k, d in s if k in ("text", "answer")]))}
-        for kind in {kind for sample in samples for kind, _ in sample} & set(MEDIA):
+        source = {"answer": "text", "forecast": "series"}
+        for kind in {source.get(kind, kind) for sample in samples for kind, _ in sample} & set(MEDIA):
             if kind not in self.encoder:
-                raise InputError(f"this model was made without an {kind} encoder")
-            signals = [data for sample in samples for k, data in sample if k == kind]
+                raise InputError(f"this model has no {kind} encoder")
+            signals = [data[0] if k == "forecast" else data for sample in samples for k, data in sample if source.get(k, k) == kind]
             vectors[kind] = iter(self.adapter[kind](self.encoder[kind](signals)))
         xs, labels, pictures = [], [], []
         for sample in samples:
             x, label = [], []
             for kind, data in sample:
-                x.append(next(vectors["text" if kind == "answer" else kind]))
+                x.append(next(vectors[source.get(kind, kind)]))
                 if kind == "image":
                     pictures.append((len(xs), range(len(label), len(label) + len(x[-1])), data))
                 label += data if kind == "answer" else [-100] * len(x[-1])
@@ -1152,7 +1413,8 @@ class ModRWKV(nn.Module):
         return self.head(x), state
 
     def loss(self, samples, count=None, reduction="token", l2wrap=0.0):
-        """Cross-entropy of the answers' tokens; only they go through the head.
+        """Cross-entropy of the answers' tokens; only they go through the head. Of a forecast, half Huber's and half the absolute
+        error of the normalised points, a vector counting as a token.
 
         Args: reduction: "token", the sum divided by `count` (by default the number of these tokens), or "sample", the sum
         of each sample's mean divided by `count` (by default the number of samples that have any), as VisualRWKV v6 has it;
@@ -1160,15 +1422,49 @@ class ModRWKV(nn.Module):
         """
         x, labels, _, orders = self.fuse(samples)
         x, _ = self.hidden(x, orders=orders)
-        learned = labels != -100
-        logits = self.head(x[learned]).float()
-        losses = F.cross_entropy(logits, labels[learned], reduction="none") + l2wrap / 2 * logits.max(-1).values ** 2
+        text = labels != -100
+        logits, learned = self.head(x[text]).float(), text
+        losses = F.cross_entropy(logits, labels[text], reduction="none") + l2wrap / 2 * logits.max(-1).values ** 2
+        series = [i for i, sample in enumerate(samples) if sample[0][0] == "forecast"]
+        if series:
+            targets = torch.stack([samples[i][0][1][1] for i in series]).to(x.device)
+            n, there = targets.shape[1], ~targets.isnan()
+            points, targets = self.forecast_head(x[series, :n]).float(), targets.nan_to_num()
+            errors = (F.smooth_l1_loss(points, targets, reduction="none") + F.l1_loss(points, targets, reduction="none")) / 2
+            there, errors = there.any(2), (errors * there).sum(2) / there.sum(2).clamp(min=1)
+            losses, learned = torch.cat([losses, errors[there]]), text.clone()
+            learned[series, :n] = there
         if reduction == "sample":
-            losses = losses / learned.sum(1, keepdim=True).expand_as(labels)[learned]
+            each = learned.sum(1, keepdim=True).expand_as(labels)
+            losses = losses / (torch.cat([each[text], each[series, :n][there]]) if series else each[text])
         units = learned.sum() if reduction == "token" else learned.any(1).sum()
         return losses.sum() / (count or units.clamp(min=1))
 
-    # -- generate --
+    # -- forecast and generate --
+
+    @torch.inference_mode()
+    def forecast(self, series, horizon=None, scale=None):
+        """
+        The next points of a batch of series, from the last `lookback` points of each.
+
+        Args: series: tensors (n,) or lists, NaN where unknown; horizon: how many points, by default config.horizon, further
+        ones from the forecast itself; scale: see `normalise`.
+        Returns: (B, horizon), in the units of the series.
+        """
+        if "series" not in self.encoder:
+            raise InputError("this model has no series encoder; train one with --series_encoder=wavenet")
+        series, ahead = [torch.as_tensor(x, dtype=torch.float64) for x in series], []
+        while sum(y.shape[1] for y in ahead) < (horizon or self.config.horizon):
+            n = self.config.lookback
+            recent = [F.pad(x[-n:], (max(0, n - len(x)), 0), value=math.nan) for x in series]
+            deviations = [scale or x[x.isfinite()].std(correction=0) for x in series]
+            points, means, deviations = zip(*(normalise(x, scale=d) for x, d in zip(recent, deviations)))
+            x, *_ = self.fuse([[("series", p)] for p in points])
+            y = self.forecast_head(self.hidden(x)[0][:, -1]).cpu().double()
+            means, deviations = torch.tensor([means, deviations], dtype=torch.float64)[..., None]
+            ahead.append(y * deviations + means)
+            series = [torch.cat([x, y]) for x, y in zip(series, ahead[-1])]
+        return torch.cat(ahead, 1)[:, : horizon or self.config.horizon]
 
     @torch.inference_mode()
     def generate(self, samples, state=None, max_new_tokens=256, temperature=0.0, top_k=0, top_p=1.0, seed=0, end=""):
@@ -1255,7 +1551,7 @@ def freeze(model, phase, names=""):
         part = name.split(".")[0]
         pretrained = part == "encoder" and getattr(model.encoder[name.split(".")[1]], "pretrained", False)
         frozen = pretrained or any(starts(name, n) for n in names)
-        p.requires_grad_(not frozen and (phase == "all" or part in ("encoder", "adapter")))
+        p.requires_grad_(not frozen and (phase == "all" or part in ("encoder", "adapter", "forecast_head")))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1314,17 +1610,22 @@ def build(data, path, **changes):
     ranks = {name: rank(f"blocks.{min(1, config['n_layer'] - 1) if name == 'v' else 0}.att.{name}1") for name in "wavg"}
     ranks |= {"maa": rank("blocks.0.att.time_maa_w2"), "decay": rank("blocks.0.att.time_decay_w1")}
     model = ModRWKV(Config(**config), V, ranks, weights["blocks.0.ffn.key.weight"].shape[0])
-    own, parts = model.state_dict(), [(f"encoder.{kind}.", f"adapter.{kind}.") for kind in MEDIA]
+    parts = [(f"encoder.{kind}.", f"adapter.{kind}.") + ("forecast_head.",) * (kind == "series") for kind in MEDIA]
     fresh = tuple(part for both in parts for part in both if not any(name.startswith(both) for name in weights))
-    new = [name for name in own if name.startswith(fresh)]  # a language model may be given eyes or ears
-    squeezed = lambda x: [n for n in x.shape if n > 1]  # (1, 1, C) and (C,) are the same
+    new = [name for name in model.state_dict() if name.startswith(fresh)]  # a language model may be given eyes or ears
+    fit(model, weights, path, new)
+    return model
+
+
+def fit(model, weights, path, new=()):
+    """Fills the model with weights {name: tensor}, all but the `new`; raises InputError, naming what is missing or too much."""
+    own, squeezed = model.state_dict(), lambda x: [n for n in x.shape if n > 1]  # (1, 1, C) and (C,) are the same
     wrong = [f"{name} is missing" for name in own if name not in weights and name not in new]
     wrong += [f"{name} is not expected" for name in weights if name not in own]
     wrong += [f"{n} has shape {tuple(x.shape)}, not {tuple(own[n].shape)}" for n, x in weights.items() if n in own and squeezed(x) != squeezed(own[n])]
     if wrong:
         raise InputError(f"{path} does not fit: " + "; ".join(wrong[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""))
     model.load_state_dict({name: x.view(own[name].shape) for name, x in weights.items()}, strict=not new)
-    return model
 
 
 def load(path, device="cpu", **changes):

@@ -4,6 +4,8 @@
     python sample.py --out_dir=out --image=x.png --chat
     python sample.py --out_dir=out --eval=data/digits/val.jsonl
     python sample.py --out_dir=plays --raw --prompt="ROMEO:"
+    python sample.py --out_dir=series --series=load.csv --plot=load.png
+    python sample.py --out_dir=series --eval=ETTh1.csv
 """
 
 import argparse
@@ -11,6 +13,7 @@ import dataclasses
 import difflib
 import json
 import os
+import random
 import re
 import sys
 import unicodedata
@@ -20,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from modrwkv import MARK, MEDIA, InputError, get_tokenizer, load, read_records, record_media, record_turns, setting
+from modrwkv import MARK, MEDIA, InputError, get_tokenizer, load, normalise, read_records, read_series, read_table, record_media, record_turns, setting
 
 
 @dataclass
@@ -28,11 +31,14 @@ class Sample:
     """sampling"""
 
     out_dir: str = setting("out", "folder of ckpt.pt, or the path of a checkpoint")
-    prompt: str = setting("", "the question; <image> and <audio> in it mark where a picture or a sound goes, else they come first")
+    prompt: str = setting("", "the question; <image>, <audio> and <series> in it mark where a picture, a sound or a series goes, else they come first")
     image: str = setting("", "picture files, separated by commas")
     audio: str = setting("", "sound files (wav, flac, ogg, mp3), separated by commas")
+    series: str = setting("", ".csv files, separated by commas; of each the last column, or the one named as in x.csv#load. Without a prompt they are forecast")
+    plot: str = setting("", "draw the forecast into this .png")
+    horizon: int = setting(0, "points to forecast; 0 for as many as the model was made for")
     chat: bool = setting(False, "ask again and again; the state is kept between turns")
-    eval: str = setting("", "a .json or .jsonl file: answer every question in it, and print the scores")
+    eval: str = setting("", "a .json or .jsonl file: answer every question in it; a .csv: forecast its columns; and print the scores")
     raw: bool = setting(False, "no template: the prompt is a text to go on with")
     max_new_tokens: int = setting(256, "an answer is cut after so many tokens")
     temperature: float = setting(0.0, "0 always takes the likeliest token")
@@ -129,17 +135,18 @@ def score(records, answers):
 
 
 def errors(pairs):
-    """Word and character error rates of (answer, truth) by jiwer, over all together; neither case nor punctuation counts."""
+    """Word and character error rates of (answer, truth) by jiwer, over all together; case and .,;:!"() do not count, spaces not as characters."""
     try:
         import jiwer
     except ImportError as e:
         raise InputError('word error rates are jiwer\'s: pip install -e ".[eval]"') from e
-    plain = lambda text: " ".join(re.sub(r"[^\w' ]", " ", unicodedata.normalize("NFKC", text).lower()).split())
+    plain = lambda text: " ".join(re.sub(r'[.,;:!"()]', " ", unicodedata.normalize("NFKC", text).lower()).split())
     pairs = [(plain(answer), plain(truth)) for answer, truth in pairs if plain(truth)]
     if not pairs:
         return {}
     hypotheses, references = map(list, zip(*pairs))
-    words, characters = jiwer.process_words(references, hypotheses), jiwer.process_characters(references, hypotheses)
+    words = jiwer.process_words(references, hypotheses)
+    characters = jiwer.process_characters(*([text.replace(" ", "") for text in texts] for texts in (references, hypotheses)))
     parts = {name: getattr(words, name) for name in ("substitutions", "deletions", "insertions")}
     return {"wer": words.wer, "cer": characters.cer, **parts}
 
@@ -158,9 +165,101 @@ def report(records, answers, examples=6):
     rows = [(r, q, t) for r in records for q, t in record_turns(r)]
     step = max(1, len(rows) // examples)
     for (record, question, truth), answer in list(zip(rows, answers))[::step][:examples]:
-        paths = " ".join(path for _, path in record_media(record))
+        paths = " ".join(path for _, path in record_media(record) if isinstance(path, str))
         question = " ".join(MARK.sub("", question).split())
         print(f"  {'ok ' if answer == truth.strip() else 'NO '} {os.path.relpath(paths) if paths else ''}  {question}  {answer!r}, truth {truth.strip()!r}")
+
+
+def forecast(model, paths, horizon, plot):
+    """Prints the next points of each series, one a line, and draws them."""
+    if horizon < 0 or plot and not plot.lower().endswith(".png"):
+        raise InputError(f"--horizon={horizon} is negative" if horizon < 0 else f"--plot={plot} is not the name of a .png")
+    series = [read_series(path) for path in paths]
+    ahead = model.forecast(series, horizon or None)
+    for path, y in zip(paths, ahead.tolist()):
+        print(f"{path}: " + " ".join(f"{point:.6g}" for point in y))
+    if plot:
+        try:
+            import matplotlib
+        except ImportError as e:
+            raise InputError('--plot takes matplotlib: pip install -e ".[plot]"') from e
+        matplotlib.use("agg")
+        import matplotlib.pyplot as plt
+
+        _, axes = plt.subplots(len(series), squeeze=False, figsize=(10, 3 * len(series)))
+        for [axis], path, x, y in zip(axes, paths, series, ahead):
+            n = min(len(x), model.config.lookback)
+            axis.plot(range(-n, 0), x[-n:], label=path, lw=0.8), axis.plot(range(len(y)), y, label="forecast"), axis.legend(), axis.grid(alpha=0.3)
+        plt.tight_layout(), plt.savefig(plot, dpi=120), plt.close()
+
+
+def ridge(lookback, horizon, path, strength=3000.0, windows=20000):
+    """Weights (lookback + 1, horizon) of the linear forecast fitted to windows of the series in `path`, each normalised by its own lookback."""
+    rng, xs, ys = random.Random(0), [], []
+    series = [read_series(record["target"]) for record in read_records(path)]
+    series = [x for x in series if len(x) >= lookback + horizon]
+    for i in range(windows if series else 0):
+        x = series[i % len(series)]
+        start = rng.randint(0, len(x) - lookback - horizon)
+        points = normalise(x[start : start + lookback + horizon], lookback, x[: start + lookback].std(correction=0))[0][0]
+        xs.append(points[:lookback]), ys.append(points[lookback:])
+    if not xs:
+        return None
+    x = torch.cat([torch.stack(xs), torch.ones(len(xs), 1)], 1).double()
+    return torch.linalg.solve(x.T @ x + strength * torch.eye(lookback + 1), x.T @ torch.stack(ys).double())
+
+
+def benchmark(model, path, batch_size):
+    """
+    Long-term forecasting as the field scores it: every window (stride 1) of every column of the test split, z-scored by the
+    training split, lookback -> horizon. ETT files: 12, 4 and 4 months; others: 70, 10 and 20 %.
+
+    Returns: {"windows", "mse", "mae", and the same of each naive forecast by name}.
+    """
+    if "series" not in model.encoder:
+        raise InputError(f"{path}: this model has no series encoder; train one with --data=series")
+    names, table = read_table(path)
+    n, horizon, rows = model.config.lookback, model.config.horizon, len(table)
+    if (ett := re.match(r"ett([hm])\d", os.path.basename(path).lower())) and rows >= (most := 20 * 30 * 24 * (4 if ett[1] == "m" else 1)):
+        learned, table = most * 12 // 20, table[:most]
+        test = most * 16 // 20
+    else:
+        learned, test = int(0.7 * rows), rows - int(0.2 * rows)
+    if test < n or len(table) - test < horizon:
+        raise InputError(f"{path}: {rows} rows are too few for a lookback of {n} and a horizon of {horizon}")
+    if not table.isfinite().all():
+        raise InputError(f"{path}: values are missing in column {names[(~table.isfinite()).any(0).nonzero()[0, 0]]}; fill them first")
+    deviation = table[:learned].std(0, correction=0)
+    table = (table - table[:learned].mean(0)) / torch.where(deviation < 1e-9, 1, deviation)
+    mix = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "series", "train.jsonl")
+    weights = ridge(n, horizon, mix) if os.path.exists(mix) else None
+    naive = {
+        "repeat the last point": lambda x: x[:, -1:].expand(-1, horizon),
+        "mean of the lookback": lambda x: x.mean(1, keepdim=True).expand(-1, horizon),
+    }
+    if n >= 24:
+        naive["repeat the last 24"] = lambda x: x[:, n - 24 + torch.arange(horizon) % 24]
+    if weights is not None:
+
+        def linear(x):
+            mean, deviation = x.mean(1, keepdim=True), (x.var(1, keepdim=True, correction=0) + 0.01).sqrt()
+            x = ((x - mean) / deviation).clamp(-10, 10)
+            return torch.cat([x, torch.ones(len(x), 1)], 1) @ weights * deviation + mean
+
+        naive["ridge, fitted to data/series"] = linear
+    ways = {"model": lambda x: model.forecast(x, scale=1.0)} | naive
+    windows = [batch for column in table.T for batch in column[test - n :].unfold(0, n + horizon, 1).split(batch_size)]
+    many = sum(map(len, windows))
+    errors = {way: torch.zeros(2, dtype=torch.float64) for way in ways}
+    for batch in tqdm(windows, unit="batch", leave=False, disable=not sys.stderr.isatty()):
+        for way, predict in ways.items():
+            error = predict(batch[:, :n]) - batch[:, n:]
+            errors[way] += torch.stack([(error**2).sum(), error.abs().sum()])
+    scores = {way: dict(zip(("mse", "mae"), (e / many / horizon).tolist())) for way, e in errors.items()}
+    print(f"{many:,} windows of {', '.join(names)}: {n} -> {horizon} points")
+    for way, row in scores.items():
+        print(f"  {way:30} MSE {row['mse']:.4f}   MAE {row['mae']:.4f}")
+    return {"windows": many, **scores.pop("model"), **scores}
 
 
 def stream(model, sample, state, how):
@@ -179,7 +278,7 @@ def stream(model, sample, state, how):
 
 def main(argv=None):
     s, given = flags(__doc__, Sample, argv=argv)
-    shown = s.image or s.audio
+    shown = s.image or s.audio or s.series
     if s.raw and (shown or s.chat or s.eval) or s.chat and s.eval or s.eval and (s.prompt or shown):
         raise InputError("--raw, --chat and --eval=FILE exclude each other; --raw takes no picture or sound, and --eval no prompt either")
     if s.batch_size < 1:
@@ -190,6 +289,9 @@ def main(argv=None):
     model = load(path, find_device(s.device), **({"tokenizer": s.tokenizer} if s.tokenizer else {}))
     how = dict(max_new_tokens=s.max_new_tokens, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, seed=s.seed)
 
+    if s.eval.endswith(".csv"):
+        print(json.dumps(benchmark(model, s.eval, 16 * s.batch_size)))
+        return
     if s.eval:
         records = read_records(s.eval)
         asked = [r for r in records if r.get("conversations")]
@@ -200,13 +302,16 @@ def main(argv=None):
         print(json.dumps(score(asked, answers)))
         return
     media = [(kind, path) for kind in MEDIA for path in getattr(s, kind).split(",") if path]
+    if s.series and not s.prompt and not s.chat:
+        forecast(model, s.series.split(","), s.horizon, s.plot)
+        return
     if s.raw:
         ids = get_tokenizer(model.config.tokenizer).encode(s.prompt or "\n")
         stream(model, [("text", ids)], None, how | {"end": None})
         return
     if not s.chat:
-        if not s.prompt and not s.audio:
-            raise InputError('nothing to do: give --prompt="...", --chat, --raw or --eval=FILE')
+        if not s.prompt and not shown:
+            raise InputError('nothing to do: give --prompt="..." (with or without --image), --audio, --series, --chat, --raw or --eval=FILE')
         stream(model, model.question(s.prompt, media), None, how)
         return
     state, prompt = None, s.prompt
@@ -219,7 +324,7 @@ def main(argv=None):
                 break
         if not prompt:
             break
-        kinds = lambda path: "audio" if path.lower().endswith((".wav", ".flac", ".ogg", ".mp3")) else "image"
+        kinds = lambda path: "audio" if path.lower().endswith((".wav", ".flac", ".ogg", ".mp3")) else "series" if ".csv" in path else "image"
         media += [(kinds(path), path) for path in re.findall(r"<([^<>]+\.\w+)>", prompt)]
         prompt = re.sub(r"<([^<>]+\.\w+)>", lambda path: f"<{kinds(path[1])}>", prompt)
         try:

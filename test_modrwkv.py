@@ -50,6 +50,8 @@ from modrwkv import (
     ModRWKV,
     PatchEncoder,
     SpeechAdapter,
+    Timer,
+    WaveNet,
     conversation,
     get_tokenizer,
     load,
@@ -87,6 +89,7 @@ def randomise(model, seed=0):
 
 
 SMALL = Config(n_layer=2, n_embd=64, head_size=32, patch_width=8, encoder_width=48, conv_kernel=3, conv_stride=2, audio_encoder="mel")
+SMALL = dataclasses.replace(SMALL, series_encoder="wavenet", series_kernel=6, series_stride=4, lookback=48, horizon=12)
 
 
 @pytest.fixture(scope="session")
@@ -101,6 +104,7 @@ text = lambda string: ("text", codes(string))
 pixels = lambda seed, *shape: np.random.RandomState(seed).randint(0, 256, shape, np.uint8)
 picture = lambda seed, patches=3: ("image", torch.from_numpy(pixels(seed, 3, 32, 8 * patches)))
 sound = lambda seed, frames=30: ("audio", torch.from_numpy(np.random.RandomState(seed).randn(80, frames).astype(np.float32)))
+series = lambda seed, points=30: ("series", modrwkv.normalise(torch.from_numpy(np.random.RandomState(seed).randn(points)))[0])
 noise = lambda width, height: Image.fromarray(pixels(0, height, width, 3))
 
 
@@ -197,6 +201,9 @@ UNUSABLE = {  # reason: records
     "gpt": [{"conversations": [{"from": "human", "value": "a"}] * 2}],
     "question": [talk("q"), talk("q", "a", "q")],
     "audio": [talk("<audio>?", "a"), talk("?", "a", audio="x.wav"), talk("<audio>", "a", audio=5)],
+    "series": [talk("<series>?", "a"), talk("?", "a", series=[1.0, 2]), talk("<series>", "a", series=[1, "x"]), talk("<series>", "a", series=5)],
+    '"series"': [{"series": 5, "target": [1, 2]}, {"series": ["a", "b"], "target": [1, 2]}],
+    "target": [{"target": x} for x in (5, [], [1], ["a", "b"], [1, None], [1, math.nan])],
     "image": [talk("<image>?", "a", image=files) for files in (None, ["x.png", "y.png"], 5, [5], {"path": "x.png"})]
     + [talk("?", "a", image="x.png"), talk("?", "a <image>", image="x.png")],
 }
@@ -217,7 +224,7 @@ def spell(segments):
     """Segments as a string: what is learned in brackets, what is no text as <kind>."""
     string = lambda ids: b"".join(MARKS.get(i, bytes([(i - 1) % 256])) for i in ids).decode()
     signal = lambda kind: lambda data: f"<{data if isinstance(data, str) else kind}>"
-    forms = {"text": string, "answer": lambda ids: f"[{string(ids)}]", "image": signal("image"), "audio": signal("audio")}
+    forms = {"text": string, "answer": lambda ids: f"[{string(ids)}]", **{kind: signal(kind) for kind in modrwkv.MEDIA}}
     return "".join(forms[kind](data) for kind, data in segments)
 
 
@@ -1113,6 +1120,128 @@ def test_speech_adapter_halves_and_has_no_norm():
     assert [adapter.length(n) for n in (49, 576, 1499, 1500)] == [26, 289, 751, 751]  # those of [1]'s code
 
 
+@torch.no_grad()
+def test_wavenet_is_causal_and_a_series_in_a_batch_is_the_series_alone():
+    encoder = randomise(WaveNet(Config(encoder_width=8))).double()
+    batch = [series(n, n)[1].double() for n in (1, 2, 16, 17, 60)]
+    for x, got in zip(batch, encoder(batch)):
+        assert got.shape == (encoder.length(x), 8) and distance(got, encoder([x])[0]) < 1e-12
+    x, full = batch[-1], encoder(batch)[-1]
+    for t in range(60):
+        other = x.clone()
+        other[0, t] += 1
+        changed = (encoder([other])[0] - full).abs().amax(1) > 1e-12
+        assert not changed[:t].any() and changed[t]  # no vector knows what comes after it
+        assert not changed[t + 16 :].any()  # 1 + 1 + 2 + 4 + 8 points are all that it sees
+
+
+LAYOUT = {"model.embed_layer.emb.weight": (1024, 96), "model.norm.weight": (1024,), "model.norm.bias": (1024,), "lm_heads.0.weight": (96, 1024)}
+for i in range(8):
+    at = f"model.layers.{i}"
+    LAYOUT |= {f"{at}.self_attn.{x}_proj.weight": (1024, 1024) for x in "qkvo"} | {f"{at}.self_attn.{x}_proj.bias": (1024,) for x in "qkv"}
+    LAYOUT |= {f"{at}.ffn_layer.{x}_proj.weight": (2048, 1024) for x in ("gate", "up")} | {f"{at}.ffn_layer.down_proj.weight": (1024, 2048)}
+    LAYOUT |= {f"{at}.norm{j}.{x}": (1024,) for j in (1, 2) for x in ("weight", "bias")}
+
+
+def test_timer_has_the_published_layout():
+    with torch.device("meta"):
+        own = {name: tuple(x.shape) for name, x in Timer(Config()).state_dict().items()}
+    assert own == LAYOUT and len(own) == 116 and sum(map(math.prod, own.values())) == 84_142_080
+
+
+class TinyTimer(Timer):
+    width, PATCH, LAYERS, HEADS, HIDDEN = 16, 4, 2, 2, 24
+
+
+@torch.no_grad()
+def test_timer_is_the_formula():
+    """Against one in numpy: complex rotations, a softmax over what came before, the norms behind the sums."""
+    encoder = randomise(TinyTimer(Config())).double()
+    z = {name: p.numpy() for name, p in encoder.named_parameters()}
+    norm = lambda x, at: (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5) * z[f"{at}.weight"] + z[f"{at}.bias"]
+    batch = [series(n, n)[1].double() for n in (1, 4, 7, 8, 23)]
+    for points, got in zip(batch, encoder(batch)):
+        n = len(points[0])
+        assert len(got) == encoder.length(points) == max(1, n // 4) == len(encoder.ends(n)) and encoder.ends(n)[-1] == n - 1
+        x = points[0].numpy()[n % 4 :] if n >= 4 else np.pad(points[0].numpy(), (4 - n, 0))  # the newest points count
+        x = x.reshape(-1, 4) @ z["model.embed_layer.emb.weight"].T
+        for i in range(2):
+            at = f"model.layers.{i}"
+            proj = lambda y, name: y @ z[f"{at}.{name}_proj.weight"].T + z.get(f"{at}.{name}_proj.bias", 0)
+            turn = np.exp(1j * np.outer(np.arange(len(x)), 10000 ** (-np.arange(4) / 4)))
+            out = []
+            for h in (slice(0, 8), slice(8, 16)):
+                q, k, v = (proj(x, f"self_attn.{name}")[:, h] for name in "qkv")
+                q, k = ((y[:, :4] + 1j * y[:, 4:]) * turn for y in (q, k))
+                scores = np.exp((q @ k.conj().T).real / 8**0.5) * np.tri(len(x))
+                out.append(scores / scores.sum(1, keepdims=True) @ v)
+            x = norm(x + proj(np.concatenate(out, 1), "self_attn.o"), f"{at}.norm1")
+            gate = proj(x, "ffn_layer.gate")
+            x = norm(x + proj(gate / (1 + np.exp(-gate)) * proj(x, "ffn_layer.up"), "ffn_layer.down"), f"{at}.norm2")
+        assert distance(got, norm(x, "model.norm")) < 1e-6
+
+
+def test_timer_trains_from_its_weights_and_stays_as_it_is(tmp_path, monkeypatch):
+    from safetensors.torch import save_file
+
+    monkeypatch.setitem(modrwkv.ENCODERS["series"], "timer", TinyTimer)
+    data = jsonl(tmp_path / "x.jsonl", *({"target": [math.sin(i / 3 + n) for i in range(100)]} for n in range(8)))
+    flags = ("--series_encoder=timer", "--image_encoder=none", "--series_kernel=0", "--lookback=48", "--horizon=8", "--max_steps=2", "--level_steps=0")
+    assert "--timer_weights" in refusal(learn, tmp_path / "out", (data, data), *flags)
+    weights = {name: x.contiguous() for name, x in randomise(TinyTimer(Config()), 5).state_dict().items()}
+    less, more = lambda w: w.pop("model.norm.bias"), lambda w: w.update(more=torch.zeros(1))
+    for change, words in ((less, "model.norm.bias is missing"), (more, "more is not expected")):
+        broken = dict(weights)
+        change(broken)
+        save_file(broken, tmp_path / "broken.safetensors")
+        assert words in refusal(learn, tmp_path / "out", (data, data), *flags, f"--timer_weights={tmp_path / 'broken.safetensors'}")
+    assert "none.safetensors" in refusal(learn, tmp_path / "out", (data, data), *flags, f"--timer_weights={tmp_path / 'none.safetensors'}")
+    save_file(weights, tmp_path / "timer.safetensors")
+    learn(tmp_path / "out", (data, data), *flags, f"--timer_weights={tmp_path / 'timer.safetensors'}")
+    after = kept(tmp_path / "out")
+    assert all(torch.equal(after[f"encoder.series.{name}"], x) for name, x in weights.items())
+    assert load(tmp_path / "out" / "ckpt.pt").forecast([[math.sin(i / 3) for i in range(60)]]).shape == (1, 8)
+
+
+@trials(60)
+@given(n=st.integers(1, 60), known=st.integers(1, 60), gaps=st.floats(0, 1), level=st.floats(-1e3, 1e3), size=st.sampled_from([0, 1e-3, 1, 1e6]), seed=SEEDS)
+def test_normalise_is_undone_by_what_it_returns(n, known, gaps, level, size, seed):
+    rng = np.random.RandomState(seed)
+    x = level + size * rng.randn(n)
+    x[rng.rand(n) < gaps] = rng.choice([np.nan, np.inf, -np.inf])
+    points, mean, deviation = modrwkv.normalise(torch.from_numpy(x), known)
+    there = np.isfinite(x)
+    assert points.shape == (2, n) and points.isfinite().all() and deviation > 0
+    assert (points[1].numpy() == there).all() and not points[0][~torch.from_numpy(there)].any() and points.abs().max() <= 10
+    first, scale = x[:known][there[:known]], x[there].std() if size and there.sum() > 1 else 0  # of a constant, whatever rounding makes of it
+    if len(first):
+        assert mean == pytest.approx(first.mean(), rel=1e-9)
+        assert deviation == pytest.approx((first.var() + (0.1 * scale or 1) ** 2) ** 0.5, rel=1e-3)
+    mild = there & (np.abs(points[0].numpy()) < 9.9)
+    assert np.allclose((points[0].numpy() * deviation + mean)[mild], x[mild], rtol=1e-5, atol=1e-5 * deviation)
+
+
+def test_tables_and_columns(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("date,load,price\n2020-01-01,1,2.5\n\n2020-01-02,,-3e2\n")
+    names, table = modrwkv.read_table(path)
+    assert names == ["load", "price"] and np.array_equal(table, [[1, 2.5], [np.nan, -300]], equal_nan=True)
+    assert modrwkv.read_series(path).tolist() == [2.5, -300] and np.isnan(modrwkv.read_series(f"{path}#load")[1])
+    assert modrwkv.read_series([1, None, 3]).isnan().tolist() == [False, True, False]
+    assert "no column x; its columns are date, load, price" in refusal(modrwkv.read_series, f"{path}#x")
+    for content, words in [("", "no rows"), ("a,b\n", "no rows"), ("a\nx\n", "no column of numbers"), ("a,b\n1,2\n3\n", "line 3, has 1 values, not 2"),
+                           ("a\n1\n2\noops\n", "line 4: 'oops' in column a"), (b"\xff\xfe\x00", "not a .csv"), ("1,2\n3,4\n", "no header")]:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        message = refusal(modrwkv.read_table, path)
+        assert str(path) in message and words in message
+    assert "No such file" in refusal(modrwkv.read_series, tmp_path / "none.csv")
+    path.write_text('\ufeffwhen;a;b;\nx;1;"1,5";\ny;NA;"2,5";\n', encoding="utf-8")  # a program's semicolons, decimal commas, and one too many
+    assert modrwkv.read_series(f"{path}#a").isnan().tolist() == [False, True]
+    for column, words in (("", "column 4 is empty; another is chosen by"), ("#b", "line 2: '1,5' in column b"), ("#when", "'x' in column when")):
+        assert words in refusal(modrwkv.read_series, f"{path}{column}")
+    assert "no numbers" in refusal(modrwkv.read_series, [None, math.nan])
+
+
 # ---------------------------------------------------------------------------------------------- the model, generation
 
 
@@ -1152,6 +1281,91 @@ def test_loss_is_the_mean_over_the_answers_tokens(model):
     assert model.loss([one]).item() != pytest.approx(model.loss([two]).item(), rel=1e-3)
 
 
+@trials(40)
+@given(n=st.integers(2, 150), gaps=st.sampled_from([0, 0, 0.2]), seed=SEEDS)
+@example(n=60, gaps=0, seed=0)
+def test_a_window_learns_only_what_lies_ahead(model, n, gaps, seed):
+    """Where a vector's targets are is found again in the series, behind all that the vector and the mean have seen."""
+    rng = np.random.RandomState(seed % 2**32)
+    x = torch.from_numpy(np.arange(n) + 0.01 * rng.rand(n))  # no two points are alike
+    x[torch.from_numpy(rng.rand(n) < gaps)] = math.nan
+    x[0], x[-1] = 0, n - 1
+    for draw in (None, random.Random(seed)):
+        [(kind, (points, targets))] = model.window(x, draw)
+        assert kind == "forecast" and points.shape == (2, 48) and targets.shape == (12, 12)  # Conv1D (6, 4) leaves 12 vectors
+        learned = (~targets.isnan()).any(1)
+        assert train.learned_tokens([(kind, (points, targets))]) == learned.sum() and model.length([(kind, (points, targets))]) == 12
+        if draw is None:
+            assert not learned[:-1].any() and learned[-1] == bool(x[-12:].isfinite().any() and n > 12)
+        if gaps == 0 and n >= 60:  # value = (point - mean) / deviation with the same two for all: points are places
+            place = lambda v: 47 * (v - points[0][0]) / (points[0][47] - points[0][0])
+            for j, row in enumerate(targets):
+                for i in range(12):
+                    if not row[i].isnan() and abs(row[i]) < 9.9:
+                        assert place(row[i]).item() == pytest.approx(4 * j + 3 + i + 1, abs=0.5)  # vector j ends on point 4 j + 3
+            assert (draw is None) or learned[-1]
+            assert not targets[learned].isnan().any()
+
+
+def test_what_is_ahead_changes_nothing_that_a_forecast_is_made_from(model):
+    """Points behind those whose mean is known may be anything: the inputs and how they are scaled stay the same."""
+    x = torch.randn(90, generator=torch.Generator().manual_seed(0)).double().cumsum(0)
+    for n in (90, 60):
+        [(_, (points, targets))] = model.window(x[:n])
+        other = torch.cat([x[: n - 12], 100 * torch.randn(12)])
+        [(_, (same, changed))] = model.window(other)
+        assert torch.equal(points, same) and not torch.equal(targets[-1], changed[-1])
+        learned = model.hidden(model.fuse([[("series", points)]])[0])[0][:, -1]
+        ahead = model.forecast([x[: n - 12]])[0]
+        _, mean, deviation = modrwkv.normalise(x[max(0, n - 60) : n - 12], scale=x[: n - 12].std(correction=0))
+        assert distance(model.forecast_head(learned)[0] * deviation + mean, ahead) < 1e-5  # as it is used is as it learns
+
+
+def test_a_forecast_record_may_have_its_past_beside_it(model, tmp_path):
+    (tmp_path / "x.csv").write_text("a\n1\n2\n")
+    records = [{"series": "x.csv", "target": [3, 4]}, {"series": [1, 2], "target": [3, 4]}, {"target": [1, 2, 3, 4]}]
+    for record in read_records(jsonl(tmp_path / "x.jsonl", *records)):
+        [(kind, points)] = model.sample(record)
+        assert kind == "forecast" and points.tolist() == [1, 2, 3, 4]
+
+
+@torch.no_grad()
+def test_the_loss_of_forecasts_and_answers_together(model):
+    rng, x = random.Random(1), torch.randn(200, generator=torch.Generator().manual_seed(0)).double().cumsum(0)
+    windows, words = [model.window(x, rng) for _ in range(3)], [text("what?"), ("answer", [20, 21, 22])]
+    errors = []
+    for [(_, (points, targets))] in windows:
+        ahead = model.forecast_head(model.hidden(model.fuse([[("series", points)]])[0])[0])[0].numpy()
+        for predicted, target in zip(ahead, targets.double().numpy()):
+            there = ~np.isnan(target)
+            if there.any():
+                e = np.abs(predicted - target)[there]
+                errors.append((np.where(e < 1, e**2 / 2, e - 0.5) / 2 + e / 2).mean())
+    assert len(errors) == sum(map(train.learned_tokens, windows)) > 6
+    assert model.loss(windows).item() == pytest.approx(np.mean(errors), rel=1e-6)
+    answer = 3 * model.loss([words]).item()
+    assert model.loss([words, *windows]).item() == pytest.approx((answer + np.sum(errors)) / (3 + len(errors)), rel=1e-6)
+    first = errors[: train.learned_tokens(windows[0])]
+    want = (answer / 3 + np.mean(first)) / 2
+    assert model.loss([windows[0], words], reduction="sample").item() == pytest.approx(want, rel=1e-6)
+    assert model.loss([windows[0], words], count=5).item() == pytest.approx((np.sum(first) + answer) / 5, rel=1e-6)
+
+
+def test_a_forecast_is_in_the_units_of_its_series(model):
+    x = torch.randn(100, generator=torch.Generator().manual_seed(0)).double().cumsum(0)
+    y = model.forecast([x, x[:20], list(x)])
+    assert y.shape == (3, 12) and distance(y[2], y[0]) < 1e-9 and distance(y[1], model.forecast([x[:20]])[0]) < 1e-6
+    assert distance(model.forecast([1000 * x + 5e4])[0], 1000 * y[0] + 5e4) < 1e-6
+    [(_, (points, _))] = model.window(torch.cat([x, torch.full((12,), math.nan)]).double())
+    assert distance(model.forecast([x], 30)[0, :12], y[0]) < 1e-9  # further ones are made from the first
+    assert distance(model.forecast([torch.cat([x, y[0]])])[0], model.forecast([x], 24)[0, 12:]) < 1e-9
+    assert (model.forecast([torch.full((60,), 7.0)]) - 7).abs().max() < 20  # of a constant, nothing blows up
+    fresh = ModRWKV(SMALL).forecast([x])[0]
+    assert distance(fresh, x[-48:].mean().expand(12)) < 1e-9  # what has learned nothing gives the mean
+    for refuse in (lambda: ModRWKV(dataclasses.replace(SMALL, series_encoder="none")).forecast([x]), lambda: ModRWKV(Config()).window(x)):
+        assert "series encoder" in refusal(refuse)
+
+
 def assert_state_equal(got, want):
     assert len(got) == len(want)
     for a, b in zip(got, want):
@@ -1176,13 +1390,13 @@ def test_any_split_is_the_full_pass(model, T, cuts, seed):
     assert_state_equal(state, full_state)
 
 
-SEGMENT = st.tuples(st.sampled_from(["text", "answer", "image", "audio"]), st.integers(1, 40))
+SEGMENT = st.tuples(st.sampled_from(["text", "answer", "image", "audio", "series"]), st.integers(1, 40))
 
 
 def make_sample(plan, seed):
     """Segments of a plan [(kind, size)], a few tokens at its end."""
     rng = np.random.RandomState(seed % 2**32)
-    signal = {"image": picture, "audio": sound}
+    signal = {"image": picture, "audio": sound, "series": series}
     make = lambda kind, n: signal[kind](rng.randint(2**31), n) if kind in signal else (kind, rng.randint(0, 257, n).tolist())
     return [make(kind, n) for kind, n in plan + [("text", 2)]]
 
@@ -1680,6 +1894,41 @@ def test_digits_answers_are_true_and_writers_are_held_out(tmp_path, monkeypatch)
         assert {r["task"] for r in part} == {"read", "count", "sum", "largest"}
 
 
+def test_series_are_a_function_of_the_seed_and_know_no_benchmark(tmp_path, monkeypatch):
+    names = ["a", "ETTh1", "weather/T", "b_weather"]
+    lines = [{"item_id": name, "freq": "H", "target": [float(i % 24 + n) for i in range(400)]} for n, name in enumerate(names)]
+    real = jsonl(tmp_path / "real.jsonl", *lines, {"item_id": "gap", "target": [1.0, None] * 300}, {"item_id": "still", "target": [3] * 300})
+    found = runpy.run_path(str(REPO / "data/series/prepare.py"))["real_series"]([str(real)])
+    assert [name for _, name, _ in found] == ["a", "b_weather"] and [len(x) for *_, x in found] == [400, 400]
+    prepare(monkeypatch, "series", "--series=20", f"--real={real}", f"--out={tmp_path / 'x'}")
+    first = contents(tmp_path / "x")
+    prepare(monkeypatch, "series", "--series=20", f"--real={real}", f"--out={tmp_path / 'x'}")
+    assert contents(tmp_path / "x") == first
+    train, val = (read_records(tmp_path / "x" / f"{name}.jsonl") for name in ("train", "val"))
+    assert len(train) == 20 and len(val) == 1
+    for r in train:
+        x = np.array(r["target"])
+        assert 192 <= len(x) <= 1632 and abs(x.mean()) < 0.01 and x.std() == pytest.approx(1, abs=0.01)
+
+
+def test_series_from_arrow_folders_and_bad_files(tmp_path):
+    real_series = runpy.run_path(str(REPO / "data/series/prepare.py"))["real_series"]
+    (tmp_path / "bad.jsonl").write_text('{"target": [1, 2]}\n{"item_id": 1}\n')
+    (tmp_path / "empty").mkdir()
+    for path, words in (("none.jsonl", "cannot read"), ("bad.jsonl", "line 2"), ("empty", "pyarrow|no .arrow files")):
+        with pytest.raises(SystemExit, match=f"error: .*({words})"):
+            real_series([str(tmp_path / path)])
+    pa = pytest.importorskip("pyarrow")
+    for folder in ("gift/solar/H", "gift/ett1/H", "gift/LOOP_SEATTLE/D"):
+        (tmp_path / folder).mkdir(parents=True)
+        table = pa.table({"item_id": ["u", "v"], "freq": ["H", "H"], "target": [[*map(float, range(300))]] * 2})
+        with pa.OSFile(str(tmp_path / folder / "data.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+    assert [len(x) for *_, x in real_series([str(tmp_path / "gift")])] == [300, 300]
+    several = jsonl(tmp_path / "several.jsonl", {"target": [[*range(300)], [*range(300)]]})  # a record of two variables
+    assert len(real_series([str(several)])) == 2
+
+
 @pytest.mark.parametrize("content", [None, b"short", b"\xff\xfe" * 50], ids=["missing", "short", "not UTF-8"])
 def test_shakespeare_from_a_bad_file(content, tmp_path, monkeypatch):
     if content is not None:
@@ -2094,13 +2343,98 @@ def test_a_table_runs_each_row_with_three_seeds(table, rows, tmp_path, monkeypat
     assert "--ablate=x" in refusal(train.main, ["--ablate=x"])
 
 
+@pytest.fixture(scope="session")
+def forecaster(tmp_path_factory):
+    """(out_dir, folder) of a tiny model that has learned to go on with a sine."""
+    folder = tmp_path_factory.mktemp("series")
+    wave = lambda phase, n=200: [math.sin(i / 3 + phase) + 5 for i in range(n)]
+    data = jsonl(folder / "train.jsonl", *({"target": wave(phase)} for phase in range(20))), jsonl(folder / "val.jsonl", {"target": wave(0.5)})
+    flags = ("--series_encoder=wavenet", "--image_encoder=none", "--series_kernel=4", "--series_stride=4", "--lookback=48", "--horizon=8")
+    words = learn(folder / "out", data, *flags, "--max_steps=120", "--learning_rate=5e-3", "--warmup_steps=10", "--level_steps=0")
+    (folder / "x.csv").write_text("t,a,b\n" + "".join(f"{i},{10 * y},{y}\n" for i, y in enumerate(wave(0.2, 100))))
+    return folder, words, wave
+
+
+def test_a_model_learns_to_forecast(forecaster):
+    folder, words, wave = forecaster
+    assert "held-out loss 0.0" in words and "--series=NUMBERS.csv" in words.splitlines()[-1]
+    y = load(folder / "out" / "ckpt.pt").forecast([wave(0.2, 100)])[0]
+    assert (y - torch.tensor(wave(0.2, 108)[100:])).abs().mean() < 0.25
+    said(sample.main, f"--out_dir={folder / 'out'}", f"--series={folder / 'x.csv'},{folder / 'x.csv'}#a", f"--plot={folder / 'x.png'}")
+    b, a = said(sample.main, f"--out_dir={folder / 'out'}", f"--series={folder / 'x.csv'},{folder / 'x.csv'}#a").splitlines()
+    assert [float(x) for x in b.split()[1:]] == pytest.approx(y.tolist(), rel=1e-4)
+    assert [float(x) for x in a.split()[1:]] == pytest.approx((10 * y).tolist(), rel=1e-4)
+    with Image.open(folder / "x.png") as image:
+        assert image.format == "PNG" and min(image.size) > 300
+
+
+def test_series_settings_that_cannot_be():
+    changes = ({"series_stride": 9}, "series_kernel=6"), ({"series_kernel": 60}, "48 vectors"), ({"series_encoder": "x"}, "wavenet, timer, none")
+    for change, words in changes:
+        assert words in refusal(ModRWKV, dataclasses.replace(SMALL, **change))
+
+
+def test_word_and_character_errors():
+    pairs = [("Four zero, seven!", "four zero seven"), ("one too", "one two three"), ("a b", "b"), ("anything", "...")]
+    got = sample.errors(pairs)  # 7 words: one substituted, one missing, one too many; of 24 characters w, three, and an a
+    assert got == {"wer": 3 / 7, "cer": pytest.approx(7 / 25), "substitutions": 1, "deletions": 1, "insertions": 1}
+    assert sample.errors([("x", "?!")])["wer"] == 1 and sample.errors([("a", "!")]) == {}
+    record = talk("<audio>", "one two three", audio="x.wav", task="speech")
+    scores = sample.score([record, talk("q", "a", task="other")], ["one too", "a"])
+    assert scores["tasks"]["speech"]["wer"] == 2 / 3 and "wer" not in scores["tasks"]["other"]
+
+
+def test_the_benchmark_is_every_window_of_the_test_split(forecaster):
+    folder, _, wave = forecaster
+    rng = np.random.RandomState(0)
+    x = np.stack([10 * np.array(wave(1, 400)), rng.randn(400).cumsum()], 1)
+    (folder / "data.csv").write_text("date,a,b\n" + "".join(f"d{i},{a!r},{b!r}\n" for i, (a, b) in enumerate(x.tolist())))
+    scores = json.loads(said(sample.main, f"--out_dir={folder / 'out'}", f"--eval={folder / 'data.csv'}").splitlines()[-1])
+    model = load(folder / "out" / "ckpt.pt")
+    z = (x - x[:280].mean(0)) / x[:280].std(0)
+    windows = [z[i : i + 56, c] for c in range(2) for i in range(320 - 48, 400 - 56 + 1)]
+    assert scores["windows"] == len(windows) == 146
+    naive = {"repeat the last point": lambda w: w[47], "repeat the last 24": lambda w: w[24:32], "mean of the lookback": lambda w: w[:48].mean()}
+    for name, guess in naive.items():
+        assert scores[name]["mse"] == pytest.approx(np.mean([(w[48:] - guess(w)) ** 2 for w in windows]), rel=1e-6)
+        assert scores[name]["mae"] == pytest.approx(np.mean([np.abs(w[48:] - guess(w)) for w in windows]), rel=1e-6)
+    ahead = model.forecast([torch.from_numpy(w[:48]) for w in windows], scale=1.0).numpy()
+    assert scores["mse"] == pytest.approx(np.mean([(w[48:] - y) ** 2 for w, y in zip(windows, ahead)]), rel=1e-4)
+    (folder / "short.csv").write_text("a\n" + "1\n2\n" * 10)
+    assert "too few" in refusal(sample.main, [f"--out_dir={folder / 'out'}", f"--eval={folder / 'short.csv'}"])
+
+
+ETT = REPO.parent / "shared/data/ett/ETTh1.csv"
+
+
+@pytest.mark.skipif(not ETT.exists(), reason="ETTh1.csv is not at hand")
+def test_the_naive_forecasts_of_etth1_are_those_that_are_published():
+    scores = json.loads(said(lambda argv: print(json.dumps(sample.benchmark(Naive(), str(ETT), 1024))), "").splitlines()[-1])
+    assert scores["windows"] == 7 * 2785
+    known = {"repeat the last point": 1.2944, "repeat the last 24": 0.5122, "mean of the lookback": 0.7217}
+    assert {name: round(scores[name]["mse"], 4) for name in known} == known
+
+
+class Naive:
+    config, encoder = Config(), {"series"}
+    forecast = staticmethod(lambda x, scale: x[:, -1:].expand(-1, 96))
+
+
 def test_the_last_line_names_the_next_command(trained, counting):
     out, words, model = trained
-    path = counting[0].parent / "3.png"
-    command = shlex.split(words.splitlines()[-1].replace("PICTURE.png", str(path)))
+    command = shlex.split(words.splitlines()[-1])
     assert command[:3] == ["python", "sample.py", f"--out_dir={out}"]
-    question = model.question("<image>\nWhat number is this?", [("image", path)])
+    question = model.question("<image>\nHow many?", [("image", counting[0].parent / "1.png")])  # of the first held-out record
     assert said(sample.main, *command[2:]).strip() == "".join(answer(model, question)[0]).strip()
+
+
+def test_what_to_ask_next(tmp_path):
+    at = lambda **record: dict(record, _folder=os.path.join(os.getcwd(), "x"))
+    assert train.asking(at(text="a")).startswith("--raw ") and train.asking(at(target=[1, 2])) == "--series=NUMBERS.csv"
+    assert train.asking(at(**talk("<audio>", "a", audio="y z.wav"))) == "--audio='x/y z.wav'"
+    two = talk("<image> and <audio><image>: what's that?", "a", "<image>?", "b", image=["1.png", "2.png", "3.png"], audio="a.wav")
+    assert shlex.split(train.asking(at(**two))) == ["--image=x/1.png,x/2.png", "--audio=x/a.wav", "--prompt=<image> and <audio><image>: what's that?"]
+    assert train.asking(at(**talk("<series>\nUp?", "a", series=[1, 2]))) == "--series=NUMBERS.csv --prompt='Up?'"
 
 
 def test_a_second_run_does_not_touch_the_first(trained, counting):
@@ -2169,8 +2503,8 @@ def test_text_alone(tmp_path):
     assert len(curve) == 30 and sum(curve[-5:]) < 0.7 * sum(curve[:5])
     assert not [name for name in kept(out) if name.startswith(("encoder.", "adapter."))]
     command = shlex.split(result.stdout.splitlines()[-1])
-    assert command == ["python", "sample.py", "--out_dir=plays", "--raw"]
-    went_on = run([*command[1:], "--prompt=ROMEO:\nLine", "--max_new_tokens=40"], cwd=tmp_path)
+    assert command == ["python", "sample.py", "--out_dir=plays", "--raw", "--temperature=0.8"]
+    went_on = run([*command[1:-1], "--prompt=ROMEO:\nLine", "--max_new_tokens=40"], cwd=tmp_path)
     prompt = ("text", get_tokenizer("bytes").encode("ROMEO:\nLine"))
     assert went_on.stdout == "".join(answer(load(out / "ckpt.pt"), [prompt], max_new_tokens=40, end=None)[0]) + "\n"
 

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import random
+import shlex
 import statistics
 import subprocess
 import sys
@@ -32,6 +33,7 @@ from tqdm import tqdm
 
 import modrwkv
 from modrwkv import (
+    MARK,
     Config,
     InputError,
     ModRWKV,
@@ -40,22 +42,24 @@ from modrwkv import (
     parameter_groups,
     read_checkpoint,
     read_records,
+    read_timer,
     record_media,
     record_turns,
     save,
     setting,
 )
-from sample import ask, find_device, flags, report, score
+from sample import ask, errors, find_device, flags, report, score
 
 
 @dataclass
 class Train:
     """training"""
 
-    data: str = setting("digits", "a folder of data/, or .json and .jsonl files, separated by commas")
-    val_data: str = setting("", "held-out records; by default the data folder's val.jsonl, or every 20th record")
+    data: str = setting("digits", "folders of data/, .json and .jsonl files, separated by commas; a folder of data/ brings settings that suit it: SUITED")
+    val_data: str = setting("", "a file of held-out records; by default the data folders' val.jsonl, or every 20th record")
     out_dir: str = setting("out", "where ckpt.pt, log.jsonl and loss.png go")
     init_from: str = setting("", "a checkpoint whose weights to start from, ours or an official RWKV .pth")
+    timer_weights: str = setting("", "model.safetensors of thuml/timer-base-84m, for --series_encoder=timer")
     resume: bool = setting(False, "go on from out_dir/ckpt.pt, with the settings it was made with")
     phase: str = setting("all", "adapter: language model and pretrained encoders frozen; all: pretrained encoders frozen")
     max_steps: int = setting(1240, "optimizer steps")
@@ -82,37 +86,43 @@ class Train:
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = setting("auto", "float32, or bfloat16 under autocast; auto takes bfloat16 where the hardware has it")
     seed: int = setting(1, "of the initial weights and the order of the data")
-    ablate: str = setting("", "data, prompt or scan: train each row of that table of VisualRWKV's paper with three seeds, and print the table")
+    ablate: str = setting("", "data (generations), prompt or scan: train each row of that table of VisualRWKV with three seeds, and print the table")
     bench: bool = setting(False, "time the recurrence and a training step on this machine, and do nothing else")
 
 
 # ---------------------------------------------------------------------------------------------- data
 
-SUITED = {  # settings that suit an embedded data set, unless they are given
+SUITED = {  # settings that suit an embedded data set, unless they are given; of several, all encoders, and else the last one's
+    "digits": dict(image_encoder="patch"),
     "shapes": dict(image_height=48, patch_height=16, patch_width=16, conv_kernel=0, image_trim=False, n_layer=3, prompt_style="last")
     | dict(learning_rate=1.2e-3, batch_size=32, max_steps=4000, level_steps=100, eval_interval=1000, save_interval=1000),
     "morse": dict(image_encoder="none", audio_encoder="mel"),
     "spoken_digits": dict(image_encoder="none", audio_encoder="mel"),
+    "series": dict(image_encoder="none", series_encoder="wavenet", encoder_width=48, n_layer=3),
     "shakespeare": dict(image_encoder="none"),
 }
 
 
 def find_data(names, val):
-    """Paths of training and held-out files; an embedded data set that is not there yet is prepared."""
+    """Paths of training and of held-out files; an embedded data set that is not there yet is prepared."""
     here = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data")
     known = sorted(d for d in os.listdir(here) if os.path.exists(os.path.join(here, d, "prepare.py")))
-    if names not in known:
-        for name in names.split(","):
+    paths, held_out = [], [val] if val else []
+    for name in names.split(","):
+        if name not in known:
             if os.path.splitext(name)[1] not in (".json", ".jsonl"):
                 raise InputError(f"--data={name} is neither a .json or .jsonl file nor one of {', '.join(known)}")
-        return names.split(","), val
-    folder = os.path.join(here, names)
-    paths = [os.path.join(folder, f"{part}.jsonl") for part in ("train", "val")]
-    if not all(map(os.path.exists, paths)):
-        say(f"preparing data/{names} ...")
-        if subprocess.run([sys.executable, os.path.join(folder, "prepare.py")]).returncode:
-            raise InputError(f"data/{names}/prepare.py did not finish: see its message above")
-    return paths[:1], val or paths[1]
+            paths.append(name)
+            continue
+        folder = os.path.join(here, name)
+        files = [os.path.join(folder, f"{part}.jsonl") for part in ("train", "val")]
+        if not all(map(os.path.exists, files)):
+            say(f"preparing data/{name} ...")
+            if subprocess.run([sys.executable, os.path.join(folder, "prepare.py")]).returncode:
+                raise InputError(f"data/{name}/prepare.py did not finish: see its message above")
+        paths.append(files[0])
+        held_out += [] if val else files[1:]
+    return paths, held_out
 
 
 class Batches:
@@ -159,7 +169,10 @@ class Batches:
         if self.records[i].get("conversations"):
             return self.model.sample(self.records[i])
         [(kind, ids)] = self.encoded(i)
-        start = random.Random(f"{self.settings.seed} {place}").randrange(max(1, len(ids) - self.settings.ctx_len))
+        rng = random.Random(f"{self.settings.seed} {place}")
+        if kind == "forecast":
+            return self.model.window(ids, rng)
+        start = rng.randrange(max(1, len(ids) - self.settings.ctx_len))
         return [(kind, ids[start : start + self.settings.ctx_len + 1])]
 
 
@@ -171,19 +184,21 @@ def rough_length(record):
             if kind == "image":
                 with Image.open(path) as image:
                     n += 5 * image.width / image.height
-            else:
+            elif kind == "audio":
                 n += 25 * soundfile.info(path).duration
     return n
 
 
 def held_out_samples(model, records, ctx_len, n):
-    """The first n samples of the held-out records, long texts cut into windows."""
+    """The first n samples of the held-out records, long texts cut into windows, of series the last points to forecast."""
 
     def samples():
         for record in records:
             sample = model.sample(record)
             if record.get("conversations"):
                 yield sample
+            elif sample[0][0] == "forecast":
+                yield model.window(sample[0][1])
             else:
                 ids = sample[0][1]
                 yield from ([("answer", ids[i : i + ctx_len + 1])] for i in range(0, len(ids) - 1, ctx_len))
@@ -192,7 +207,9 @@ def held_out_samples(model, records, ctx_len, n):
 
 
 def learned_tokens(sample):
-    """How many tokens of a sample are predicted: those of its answers, without a first token that nothing precedes."""
+    """How many tokens of a sample are predicted: those of its answers, without a first token that nothing precedes; or vectors that forecast."""
+    if sample[0][0] == "forecast":
+        return int((~sample[0][1][1].isnan()).any(1).sum())
     return sum(len(data) for kind, data in sample if kind == "answer") - (sample[0][0] == "answer")
 
 
@@ -233,6 +250,17 @@ def say(*words):
     if os.environ.get("RANK", "0") == "0":
         tqdm.write(" ".join(map(str, words)))
         sys.stdout.flush()
+
+
+def asking(record):
+    """The flags of sample.py that ask what a record asks first."""
+    if not record.get("conversations"):
+        return "--series=NUMBERS.csv" if "target" in record else "--raw --temperature=0.8"
+    question, _ = record_turns(record)[0]
+    media = list(record_media(record))[: len(MARK.findall(question))]
+    files = {kind: [os.path.relpath(path) if isinstance(path, str) else "NUMBERS.csv" for k, path in media if k == kind] for kind, _ in media}
+    prompt = MARK.sub("", question).strip() if len(media) == 1 and MARK.match(question) else question
+    return " ".join([f"--{kind}={shlex.quote(','.join(paths))}" for kind, paths in files.items()] + [f"--prompt={shlex.quote(prompt)}"] * bool(prompt))
 
 
 def draw_curve(log, path):
@@ -311,7 +339,7 @@ def ablate(s, settings):
 
     def run(row, seed):
         """{"all" or task: % exact} of a row of ABLATIONS."""
-        folder = os.path.join(s.out_dir, "_".join(map(str, (s.data, f"rwkv{row[0]}", *row[1:], seed))))
+        folder = os.path.join(s.out_dir, "_".join(map(str, (os.path.basename(s.data), f"rwkv{row[0]}", *row[1:], seed))))
 
         def last():  # what the log says in the end
             with contextlib.suppress(OSError, ValueError, IndexError), open(os.path.join(folder, "log.jsonl")) as f:
@@ -342,28 +370,36 @@ def ablate(s, settings):
         print(f"| RWKV-{rwkv}, {scan}, {style} | " + " | ".join(f"{statistics.mean(x):.1f} ± {statistics.stdev(x):.1f}" for x in of_row) + " |")
 
 
-def start(s, config, given):
-    """(checkpoint to resume or None, settings, model), after a look at what was asked for."""
+def start(s, config, given, suited):
+    """(checkpoint to resume or None, settings, model), after a look at what was asked for by the flags `given`."""
     ckpt_path = os.path.join(s.out_dir, "ckpt.pt")
     names = {f.name for f in fields(Config)}
     if s.resume:
         ckpt = read_checkpoint(ckpt_path)
         if "train" not in ckpt:
             raise InputError(f"{ckpt_path} was not written by train.py: start from its weights with --init_from")
-        wrong = [k for k in given & names if ckpt["config"][k] != getattr(config, k)]
+        wrong = [k for k in given & names if ckpt["config"].get(k, Config.__dataclass_fields__[k].default) != getattr(config, k)]
         if wrong:
-            raise InputError(f"{ckpt_path} was trained with {wrong[0]}={ckpt['config'][wrong[0]]}: choose another --out_dir to change that")
+            raise InputError(f"{ckpt_path} was trained with {wrong[0]}={ckpt['config'].get(wrong[0])}: choose another --out_dir to change that")
         old = {k: v for k, v in ckpt["train"].items() if k not in given}
         return ckpt, Train(**asdict(s) | old | {"resume": True, "out_dir": s.out_dir}), build(ckpt, ckpt_path)
     if os.path.exists(ckpt_path):
         raise InputError(f"{ckpt_path} exists: go on training it with --resume, or choose another --out_dir")
     if s.init_from:
-        model = build(read_checkpoint(s.init_from), s.init_from, **{k: getattr(config, k) for k in given & names})
+        ckpt = read_checkpoint(s.init_from)
+        missing = {k for k in suited.keys() & names if k.endswith("_encoder") and ckpt["config"].get(k, "none") == "none"}  # the data takes them
+        model = build(ckpt, s.init_from, **{k: getattr(config, k) for k in given & names | missing})
+        timed = any(name.startswith("encoder.series.") for name in ckpt["model"])
         wrong = [k for k in given & names if getattr(model.config, k) != getattr(config, k)]
         if wrong:
             raise InputError(f"{s.init_from} has {wrong[0]}={getattr(model.config, wrong[0])}, not {getattr(config, wrong[0])}")
-        return None, s, model
-    return None, s, ModRWKV(config)
+    else:
+        model, timed = ModRWKV(config), False
+    if model.config.series_encoder == "timer" and (s.timer_weights or not timed):
+        if not s.timer_weights:
+            raise InputError("--series_encoder=timer is pretrained: name its weights with --timer_weights=model.safetensors")
+        read_timer(model.encoder["series"], s.timer_weights)
+    return None, s, model
 
 
 def main(argv=None):
@@ -382,12 +418,14 @@ def main(argv=None):
 
     if s.bench:
         return bench(device)
-    for name, value in SUITED.get(s.data, {}).items():
-        if name not in given:
-            setattr(s if hasattr(s, name) else config, name, value)
+    suited = {}
+    for data in s.data.split(","):
+        suited |= {name: value for name, value in SUITED.get(data, {}).items() if value != "none" or name not in suited}
+    for name in suited.keys() - given:
+        setattr(s if hasattr(s, name) else config, name, suited[name])
     if s.ablate:
         return ablate(s, {name: value for name, value in (asdict(s) | asdict(config)).items() if name in given - {"ablate"}})
-    ckpt, s, model = start(s, config, given)
+    ckpt, s, model = start(s, config, given, suited)
     if s.batch_size % (world * s.grad_accum):
         raise InputError(f"--batch_size={s.batch_size} is not a multiple of {world} process(es) x --grad_accum={s.grad_accum}")
     if world > 1:
@@ -397,14 +435,17 @@ def main(argv=None):
             os.makedirs(s.out_dir, exist_ok=True)
         except OSError as e:
             raise InputError(f"--out_dir={s.out_dir} cannot be made: {e.strerror}") from e
-        paths, val_path = find_data(s.data, s.val_data)
+        paths, held_out = find_data(s.data, s.val_data)
     if world > 1:  # the first process prepares, the others wait
         dist.barrier()
-        paths, val_path = find_data(s.data, s.val_data)
+        paths, held_out = find_data(s.data, s.val_data)
     records = [record for path in paths for record in read_records(path)]
-    val = read_records(val_path) if val_path else records[::20]
-    if not val_path:
+    val = [record for of_each in itertools.zip_longest(*map(read_records, held_out)) for record in of_each if record]  # in turns
+    if not val:
+        val = records[::20]
         records = [r for i, r in enumerate(records) if i % 20] or records
+    if any(record.get("audio") for record in val):
+        errors([("a", "a")])  # better to miss jiwer now than when the answers are scored
     say(f"data: {len(records):,} records to learn from ({', '.join(map(os.path.relpath, paths))}), {len(val):,} held out")
 
     model.to(device).train()
@@ -436,7 +477,7 @@ def main(argv=None):
             raise InputError(f"could not write {log_path}: {e.strerror}; the checkpoint of before is still there") from e
 
     millions = lambda part: sum(p.numel() for n, p in model.named_parameters() if part(n)) / 1e6
-    language = lambda n: not n.startswith(("encoder.", "adapter."))
+    language = lambda n: not n.startswith(("encoder.", "adapter.", "forecast_head."))
     bf16 = precision(s.dtype, device)
     say(
         f"model: {millions(language):.2f} M parameters of RWKV-{model.config.rwkv} ({model.config.n_layer} layers x {model.config.n_embd}), "
@@ -458,6 +499,8 @@ def main(argv=None):
         parts = [samples[i : i + s.batch_size] for i in range(0, len(samples), s.batch_size)]
         losses = [model.loss(part).item() for part in parts]
         counts = [sum(map(learned_tokens, part)) for part in parts]
+        if not sum(counts):
+            raise InputError(f"there is nothing to predict in the first {n} held-out records")
         asked = [r for r in val if r.get("conversations")][:n]
         answers = ask(model, asked)
         model.train()
@@ -523,9 +566,7 @@ def main(argv=None):
         draw_curve(log_path, os.path.join(s.out_dir, "loss.png"))
         say(f"held-out loss {result['val_loss']:.4f}")
         report(asked, answers)
-        ask_it = {"image": '--image=PICTURE.png --prompt="What number is this?"', "audio": "--audio=SOUND.wav"}
-        ask_it = next((ask_it[kind] for kind in model.encoder), "--raw")
-        say(f"Next, ask it yourself:\n    python sample.py --out_dir={s.out_dir} {ask_it}")
+        say(f"Next, ask it yourself:\n    python sample.py --out_dir={s.out_dir} {asking(val[0])}")
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()

@@ -1,0 +1,219 @@
+"""Time series to learn forecasting from: made up, and real ones if there are any at hand.
+
+    python data/series/prepare.py [--real=a.jsonl,FOLDER] [--series=8000] [--seed=1] [--out=data/series]
+
+writes train.jsonl and val.jsonl, {"item_id", "target"} a line. What is made up is a sum or product of seasons with harmonics, daily and
+weekly profiles, trends, Gaussian processes and several kinds of noise, with breaks, bursts, gaps and limits, and mixtures of such
+series. --real takes files of such lines and folders of .arrow files, as GIFT-Eval's (which takes pyarrow): cut, stretched, turned
+over and mixed, they make 40 % of train and half of val, which has a tenth of them for itself. Series of the data sets of the LTSF benchmark are left out by
+name (BENCHMARKS). 8,000 series take 95 MB.
+"""
+
+import argparse
+import contextlib
+import glob
+import json
+import os
+import random
+import re
+import sys
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the matrices are small
+
+import numpy as np
+
+LENGTH, HELD_OUT = 1632, 816  # points of a series of train and of val
+BENCHMARKS = re.compile(r"(^|/)(ett[hm]?[12]?|ecl|electricity|(jena_)?weather|(sf_)?traffic|loop_seattle|sz_taxi)(?=[/._-]|$)", re.I)
+PERIODS = (4, 7, 12, 24, 24, 24, 30, 48, 52, 60, 96, 144, 168, 168, 336)
+
+
+def seasons(g, t):
+    """One to three periods with harmonics, their strength and their pace drifting slowly."""
+    y = 0
+    for _ in range(g.integers(1, 4)):
+        period = g.choice(PERIODS) if g.random() < 0.75 else np.exp(g.uniform(np.log(4), np.log(500)))
+        decay, drift = g.uniform(0.5, 2.5), g.uniform(0, 0.3) * (g.random() < 0.3)
+        phase = 2 * np.pi * t / period + drift * smooth(g, len(t), period * 4)
+        wave = sum(g.normal() / k**decay * np.sin(k * phase + g.uniform(0, 2 * np.pi)) for k in range(1, g.integers(2, 9)))
+        y = y + wave * (1 + g.uniform(0, 0.6) * smooth(g, len(t), period * g.uniform(3, 15)))
+    return y
+
+
+def profile(g, t):
+    """A day's course hour by hour, other on days off, day by day a little more or less."""
+    day = int(g.choice((24, 24, 24, 48, 96)))
+    shapes = np.abs([smooth(g, 3 * day, day / g.uniform(3, 10))[day : 2 * day] for _ in range(2)]) ** g.uniform(0.7, 2)
+    free = g.choice((0, 1, 2), p=(0.2, 0.3, 0.5))
+    days = (t // day).astype(int)
+    level = 1 + g.uniform(0, 0.4) * noise(g, days.max() + 1)[days]
+    shape = np.where((days % 7 >= 7 - free)[:, None], shapes[1], shapes[0])[np.arange(len(t)), (t % day).astype(int)]
+    return shape * level
+
+
+def smooth(g, n, scale):
+    """A random curve of unit variance that turns about once in `scale` points."""
+    knots = g.normal(size=int(n / max(scale, 1)) + 4)
+    at = np.linspace(1, len(knots) - 2.001, n)
+    i, u = at.astype(int), at % 1
+    p0, p1, p2, p3 = (knots[(i + k).clip(0, len(knots) - 1)] for k in (-1, 0, 1, 2))
+    y = p1 + u * (p2 - p0 + u * (2 * p0 - 5 * p1 + 4 * p2 - p3 + u * (3 * (p1 - p2) + p3 - p0))) / 2  # Catmull and Rom's spline
+    return y / (y.std() + 1e-9)
+
+
+def trend(g, t):
+    n, kind = len(t), g.integers(4)
+    if kind == 0:
+        return g.normal() * np.linspace(-1, 1, n)
+    if kind == 1:  # in pieces
+        return np.cumsum(np.repeat(g.normal(size=8), n // 8 + 1)[:n]) / n * 4
+    if kind == 2:
+        return np.cumsum(g.normal(size=n)) / n**0.5
+    return np.tanh((np.linspace(-1, 1, n) - g.uniform(-0.7, 0.7)) * g.uniform(2, 15)) * g.normal()
+
+
+def noise(g, n):
+    """Of unit variance: white, heavy-tailed, autoregressive, in bursts."""
+    kind = g.integers(4)
+    x = g.standard_t(g.uniform(2.5, 6), n) if kind == 1 else g.normal(size=n)
+    if kind == 2:
+        memory, y = g.uniform(0.3, 0.995), 0.0
+        for i in range(n):
+            y = x[i] = memory * y + x[i]
+    if kind == 3:
+        x = x * np.exp(g.uniform(0.3, 1) * smooth(g, n, g.uniform(20, 300)))
+    return x / (x.std() + 1e-9)
+
+
+def process(g, t):
+    """A sample of a Gaussian process whose kernel is a sum and product of periodic, squared exponential and rational quadratic ones."""
+    grid = np.arange(0, len(t) + 4, 4.0)
+    apart = np.abs(grid[:, None] - grid)
+
+    def kernel():
+        kind, scale = g.integers(3), np.exp(g.uniform(np.log(10), np.log(500)))
+        if kind == 0:
+            return np.exp(-2 * np.sin(np.pi * apart / max(16, scale)) ** 2 / g.uniform(0.4, 2) ** 2)
+        return np.exp(-((apart / scale) ** 2) / 2) if kind == 1 else (1 + (apart / scale) ** 2 / 2 / 0.8) ** -0.8
+
+    k = kernel()
+    for _ in range(g.integers(0, 3)):
+        k = k * kernel() if g.random() < 0.5 else k + kernel()
+    values, vectors = np.linalg.eigh(k)
+    return np.interp(t, grid, vectors @ (np.sqrt(values.clip(0)) * g.normal(size=len(grid))))
+
+
+def invent(g, n):
+    """A made-up series of n points."""
+    t = np.arange(n) + g.integers(1000)
+    unit = lambda x: (x - x.mean()) / (x.std() + 1e-9)
+    kind = g.random()
+    y = unit(process(g, np.arange(n)) if kind < 0.2 else profile(g, t) if kind < 0.5 else seasons(g, t))
+    if g.random() < 0.4:
+        y = y + g.uniform(0.1, 1) * unit(profile(g, t) if g.random() < 0.5 else seasons(g, t))
+    if g.random() < 0.6:
+        y = y + g.exponential(0.7) * unit(trend(g, t))
+    y = y + np.exp(g.uniform(np.log(0.02), np.log(1))) * noise(g, n)
+    if g.random() < 0.15:  # what is a product is so mostly of what is positive
+        y = np.exp(g.uniform(0.3, 1) * unit(y))
+    if g.random() < 0.25:  # from some point on another level or another strength
+        at = g.integers(n)
+        y[at:] = y[at:] * np.exp(g.normal() * 0.5) + g.normal() * y.std()
+    if g.random() < 0.1:
+        for at in g.integers(0, n, g.integers(1, 12)):
+            y[at : at + g.integers(1, 6)] += g.normal() * 4 * y.std()
+    if g.random() < 0.15:  # limits
+        y = y.clip(*np.quantile(y, (g.uniform(0, 0.5), 1) if g.random() < 0.7 else (0, g.uniform(0.6, 1))))
+    if g.random() < 0.1:  # in steps
+        step = y.std() * g.uniform(0.1, 0.7)
+        y = np.round(y / step) * step
+    return y
+
+
+def real_series(paths):
+    """[(file and record, item_id, points)] of .jsonl files and of folders of .arrow files, without the benchmarks' own."""
+    found, left_out = [], set()
+
+    def add(record, at, name):
+        rows = np.atleast_2d(np.array(record["target"], dtype=float))
+        for row in rows:
+            if BENCHMARKS.search(f"{name}/{record.get('item_id', '')}"):
+                left_out.add(str(record.get("item_id", at)))
+            elif np.isfinite(row).sum() >= 192 and np.nanstd(row) > 0:
+                there = np.isfinite(row)
+                found.append((at, str(record.get("item_id", at)), np.interp(np.arange(len(row)), np.flatnonzero(there), row[there])))
+
+    for path in paths:
+        if os.path.isdir(path) or path.endswith(".arrow"):
+            try:
+                import pyarrow
+            except ImportError:
+                sys.exit('error: .arrow files take pyarrow: pip install -e ".[gift]"')
+            files = sorted(glob.glob(os.path.join(path, "**", "*.arrow"), recursive=True)) if os.path.isdir(path) else [path]
+            if not files:
+                sys.exit(f"error: {path} has no .arrow files")
+            for file in files:
+                try:
+                    with pyarrow.memory_map(file) as source:
+                        for n, record in enumerate(pyarrow.ipc.open_stream(source).read_all().to_pylist()):
+                            add(record, f"{file}, record {n}", os.path.abspath(file))
+                except (pyarrow.ArrowInvalid, KeyError, ValueError, OSError) as e:
+                    sys.exit(f"error: {file} does not hold series: {e}")
+        else:
+            try:
+                with open(path, encoding="utf-8") as f:
+                    for n, line in enumerate(f, 1):
+                        try:
+                            if not line.strip():
+                                continue
+                            add(json.loads(line), f"{path}, line {n}", os.path.basename(path))
+                        except (ValueError, KeyError, TypeError, AttributeError) as e:
+                            sys.exit(f'error: {path}, line {n}, is not {{"item_id": ..., "target": [...]}}: {e}')
+            except OSError as e:
+                sys.exit(f"error: cannot read {path}: {e.strerror}")
+    if left_out:
+        print(f"left out, as the benchmark's own: {', '.join(sorted(left_out)[:8])}{' and others' if len(left_out) > 8 else ''}")
+    return found
+
+
+def cut(g, series, n):
+    """n points, or all there are, of one of these series; a longer one comes more often."""
+    lengths = np.array([min(len(x), 20 * n) for *_, x in series], float)
+    x = series[g.choice(len(series), p=lengths / lengths.sum())][-1]
+    if g.random() < 0.2:
+        pace = np.exp(g.uniform(-0.7, 0.7))
+        x = np.interp(np.arange(0, len(x) - 1, pace), np.arange(len(x)), x)
+    at = g.integers(max(1, len(x) - n + 1))
+    return x[at : at + n] * (-1 if g.random() < 0.3 else 1)
+
+
+def write(out, name, many, g, n, real, share):
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(os.path.join(out, f"{name}.jsonl"))
+    unit = lambda x: (x - x.mean()) / (x.std() + 1e-9)
+    draw = lambda: unit(cut(g, real, n) if real and g.random() < share else invent(g, n))
+    with open(os.path.join(out, f"{name}.jsonl.partial"), "w") as f:
+        for i in range(many):
+            x = draw()
+            if g.random() < 0.3:
+                other, part = draw(), g.uniform(0.2, 0.8)
+                n_both = min(len(x), len(other))
+                x = unit(part * x[-n_both:] + (1 - part) * other[-n_both:])
+            f.write(json.dumps({"item_id": f"{name}-{i}", "target": [round(float(y), 3) for y in x]}) + "\n")
+    os.replace(f.name, f.name.removesuffix(".partial"))
+
+
+if __name__ == "__main__":
+    here = os.path.dirname(os.path.abspath(__file__))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--real", default="", help="files of series, and folders of .arrow files, separated by commas")
+    parser.add_argument("--series", type=int, default=8000, help="for training; a twentieth as many for validation")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--out", default=here)
+    args = parser.parse_args()
+    real = real_series([path for path in args.real.split(",") if path])
+    places = sorted({at for at, *_ in real})  # all variables of a record stay on one side
+    held_out = set(random.Random(0).sample(places, len(places) // 10))
+    os.makedirs(args.out, exist_ok=True)
+    write(args.out, "train", args.series, np.random.default_rng(args.seed), LENGTH, [x for x in real if x[0] not in held_out], 0.4)
+    write(args.out, "val", max(1, args.series // 20), np.random.default_rng(args.seed + 1), HELD_OUT, [x for x in real if x[0] in held_out], 0.5)
+    print(f"{args.series} series for training, {max(1, args.series // 20)} held out; {len(real)} real ones to cut them from")
