@@ -2,8 +2,9 @@
 
     python data/digits/prepare.py [--pictures=20000] [--seed=1] [--out=data/digits]
 
-writes train.jsonl, val.jsonl and their pictures. The 1,797 scans (8 x 8 pixels, by 13 people) are in the order in
-which the writers came, form after form: those from the 1,416th on are used in val only, so its writers were never seen in training.
+writes train.jsonl, val.jsonl and their pictures, and into train also questions about numbers in print. The 1,797 scans
+(8 x 8 pixels, by 13 people) are in the order in which the writers came, form after form: those from the 1,416th on are
+used in val only, so its writers were never seen in training.
 """
 
 import argparse
@@ -88,6 +89,11 @@ def write(out, name, scans, labels, n, rng, augment):
             turns[0]["value"] = "<image>\n" + turns[0]["value"]
             record = {"id": f"{name}-{i}", "image": f"{name}/{i}.png", "task": tasks[0], "level": level, "conversations": turns}
             f.write(json.dumps(record) + "\n")
+            if augment and i % 4 == 0:  # a number in print: what to do with digits is learned before they can be read
+                digits, task = "".join(rng.choices("0123456789", k=rng.randint(2, 5))), rng.choices(list(QUESTIONS), (0, 1, 4, 2))[0]
+                ask, answer = QUESTIONS[task]
+                turns = [{"from": "human", "value": f"{digits}\n{rng.choice(ask)}"}, {"from": "gpt", "value": answer(digits)}]
+                f.write(json.dumps({"id": f"{name}-{i}t", "task": task, "level": len(digits), "conversations": turns}) + "\n")
     os.replace(f.name, f.name.removesuffix(".partial"))
 
 
