@@ -242,7 +242,8 @@ def read_records(path):
     return records
 
 
-is_numbers = lambda x: isinstance(x, list) and len(x) > 0 and all(isinstance(y, int | float) or y is None for y in x)
+def is_numbers(x):
+    return isinstance(x, list) and len(x) > 0 and all(isinstance(y, int | float) or y is None for y in x)
 
 
 def record_files(record, kind):

@@ -4,7 +4,7 @@
 
 writes train.jsonl, val.jsonl and their sounds: words, numbers and groups of random letters, 1 to 10 characters in all, at 10 to
 30 words a minute, keyed by hand (no dash is quite like another), on a tone of 400 to 900 Hz, some of it deep in noise. No
-text of three characters or more is both in train and in val. 12,000 sounds take 200 MB.
+text of three characters or more is both in train and in val. 12,000 sounds take 220 MB.
 """
 
 import argparse
