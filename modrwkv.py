@@ -82,7 +82,7 @@ class Config:
     head_size: int = setting(64, "channels of one head")
     tokenizer: str = setting("bytes", "bytes, gpt2, or the path of an RWKV World vocabulary (rwkv_vocab_v20230424.txt)")
     template: str = setting("world", "how turns are written as text: world, v1, v2 or v3")
-    prompt_style: str = setting("written", "where a question has its pictures: written (where its marks are), first, last or sandwich")
+    prompt_style: str = setting("written", "where a question has its pictures: written (where its marks are), or one of PROMPT_STYLES")
     scan: str = setting("uni", "order in which layers read a picture's vectors: uni, bi (forward, backward) or multi (down, up: layers 3 and 4)")
     image_encoder: str = setting("patch", "patch, or none for a model without eyes")
     audio_encoder: str = setting("none", "mel, or none for a model without ears")
@@ -98,7 +98,8 @@ class Config:
     image_trim: bool = setting(True, "cut away the empty border of a picture")
     conv_kernel: int = setting(6, "kernel of the Conv1D after the image encoder; 0 for no Conv1D")
     conv_stride: int = setting(2, "stride of the Conv1D: that many fewer vectors per picture")
-    adapter_scale: int = setting(4, "hidden width of the adapter, in units of n_embd")
+    adapter_kind: str = setting("mlp", "of pictures and series: mlp (ModRWKV), linear (VisualRWKV 6.0) or gated (VisualRWKV 7.00)")
+    adapter_scale: int = setting(4, "hidden width of an mlp, in units of n_embd")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -299,16 +300,25 @@ def check_record(record):
 
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
+PROMPT_STYLES = {  # where a question has its pictures' `marks`; ahead: all questions of the conversation
+    "written": "{question}",
+    "first": "{marks}\n{text}",
+    "last": "{text}\n{marks}",
+    "sandwich": "{ahead}\n{marks}\n{text}",  # the state is ready for the picture, and the question is fresh
+    "before": "{marks}{text}",  # ahead of the turn, as the first ModRWKV models have them
+    "tagged": "{marks}{text}",  # each between two tokens of their own, as ModRWKV has them from August 2025 on
+}
+IMAGE_TAGS = 65530, 65531  # <|vision_start|> and <|vision_end|>, beyond the vocabulary of RWKV World
 
 
 def arrange(question, questions, style):
-    """A question with its pictures where the style wants them ([3], section 3.2): it first, it last, or between all
-    `questions` of the conversation and this one again (the sandwich: the state is ready for the picture, and it is fresh)."""
-    marks, text = "\n".join(MARK.findall(question)), MARK.sub("", question).strip()
-    if style == "written" or not marks:
+    """A question with its pictures where the style wants them ([3], section 3.2)."""
+    marks, text = MARK.findall(question), MARK.sub("", question).strip()
+    if not marks:
         return question
     ahead = "\n".join(MARK.sub("", q.replace(SHORT_ANSWER, "") if q == question else q).strip() for q in questions)
-    return {"first": f"{marks}\n{text}", "last": f"{text}\n{marks}", "sandwich": f"{ahead}\n{marks}\n{text}"}[style]
+    marks = ("" if style in ("before", "tagged") else "\n").join(marks)
+    return PROMPT_STYLES[style].format(question=question, marks=marks, text=text, ahead=ahead)
 
 
 def conversation(config, turns, media, first=True):
@@ -321,15 +331,18 @@ def conversation(config, turns, media, first=True):
     encode, template = get_tokenizer(config.tokenizer).encode, TEMPLATES[config.template]
     clean = lambda text: re.sub(r"\n\s*\n", "\n", re.sub("[\x16\x17]", "", text).strip())
     segments, text = [], template.before if first else ""
+    tags = [[("text", [i])] for i in IMAGE_TAGS] if config.prompt_style == "tagged" else ([], [])
     for question, answer in turns:
         question = clean(arrange(question, [q for q, _ in turns], config.prompt_style))
         if question == "<audio>":  # nothing asked: to be written down ([1]'s code: sound, and no human turn)
             text = question + text
         else:
-            text += template.human.format(question)
+            ahead = "".join(MARK.findall(question)) if config.prompt_style == "before" else ""
+            text = ahead + text + template.human.format(question.removeprefix(ahead))
         for piece in MARK.split(text + template.gpt):
             if MARK.match(piece):
-                segments.append(next(media))
+                before, after = tags if piece == "<image>" else ([], [])
+                segments += before + [next(media)] + after
             elif piece:
                 segments.append(("text", encode(piece)))
         if answer is not None:  # the end is encoded by itself: "。\n" and the like are tokens of RWKV World
@@ -1059,15 +1072,7 @@ class Timer(nn.Module):
 
 def read_timer(encoder, path):
     """Fills a Timer with the published model.safetensors; raises InputError, naming what is missing or too much."""
-    try:
-        from safetensors.torch import load_file
-
-        weights = load_file(path)
-    except ImportError as e:
-        raise InputError('Timer\'s weights take safetensors: pip install -e ".[pretrained]"') from e
-    except Exception as e:  # safetensors' own, and OSError
-        raise InputError(f"cannot read Timer's weights from {path}: {e}") from e
-    fit(encoder, weights, path)
+    fit(encoder, read_safetensors(path), path)
 
 
 def read_series(series):
@@ -1151,7 +1156,18 @@ def normalise(x, known=None, scale=None):
     return torch.stack([points, there.to(x)]).float(), mean.item(), deviation.item()
 
 
-ENCODERS = {"image": {"patch": PatchEncoder}, "audio": {"mel": MelEncoder}, "series": {"wavenet": WaveNet, "timer": Timer}}
+class AbsentTowers(nn.Module):
+    """In the place of VisualRWKV 7.00's three vision towers: its projector is kept, and pictures are refused."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.width = config.encoder_width
+
+    def load(self, path):
+        raise InputError(f"{path}: VisualRWKV 7.00 sees through SAM ViT-B, DINOv2-L and SigLIP-so400m at once, which are not here; its language model is")
+
+
+ENCODERS = {"image": {"patch": PatchEncoder, "dinov2+siglip+sam": AbsentTowers}, "audio": {"mel": MelEncoder}, "series": {"wavenet": WaveNet, "timer": Timer}}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1164,22 +1180,31 @@ def pad(xs):
     return torch.stack([F.pad(x, (0, 0, 0, n - len(x))) for x in xs])
 
 
+ADAPTERS = ("mlp", "linear", "gated")
+
+
 class Adapter(nn.Module):
-    """Conv1D(k, s) along the sequence, then y = MLP(x), y + LayerNorm(y) ([1], eq. 4 and 5; [1]'s code, pre_norm).
+    """Conv1D(k, s) along the sequence, then y = MLP(x), y + LayerNorm(y) ([1], eq. 4 and 5; [1]'s code, pre_norm);
+    or VisualRWKV's projector: linear, W x ([3]), or gated, LayerNorm(O (x * sigmoid(G x))) (its code, v7.00).
 
     The sequence is padded on the left so that the last window ends on the last vector:
     L' = floor((L + pad - k) / s) + 1, 577 and 576 vectors both give 288, 192, 144 for (3,2), (4,3), (5,4).
     """
 
-    def __init__(self, width, n_embd, scale, kernel, stride):
+    def __init__(self, width, n_embd, scale, kernel, stride, kind="mlp"):
         super().__init__()
-        self.kernel, self.stride = kernel, stride
+        self.kernel, self.stride, self.kind = kernel, stride, kind
         if kernel:
             self.conv = nn.Conv1d(width, width, kernel, stride, bias=False)
-        self.mlp = nn.Sequential(nn.Linear(width, scale * n_embd), nn.ReLU(), nn.Linear(scale * n_embd, n_embd))
-        self.pre_norm = nn.LayerNorm(n_embd)
-        for layer in (self.mlp[0], self.mlp[2]):  # a bias would drown a faint signal in the norm, and delay its emergence
-            nn.init.zeros_(layer.bias)
+        if kind == "mlp":
+            self.mlp = nn.Sequential(nn.Linear(width, scale * n_embd), nn.ReLU(), nn.Linear(scale * n_embd, n_embd))
+            self.pre_norm = nn.LayerNorm(n_embd)
+            for layer in (self.mlp[0], self.mlp[2]):  # a bias would drown a faint signal in the norm, and delay its emergence
+                nn.init.zeros_(layer.bias)
+        else:
+            self.o_proj = nn.Linear(width, n_embd, bias=False)
+        if kind == "gated":
+            self.gate, self.ln_v = nn.Linear(width, width, bias=False), nn.LayerNorm(n_embd)
 
     def padding(self, n):  # on the left
         return max(self.kernel - n, (self.kernel - n) % self.stride)
@@ -1199,8 +1224,12 @@ class Adapter(nn.Module):
             x = torch.cat([y[:n] for y, n in zip(self.conv(x.mT).mT, lengths)])
         else:
             x = torch.cat(signals)
-        y = self.mlp(x)
-        return (y + self.pre_norm(y)).split(lengths)
+        if self.kind == "mlp":
+            y = self.mlp(x)
+            y = y + self.pre_norm(y)
+        else:
+            y = self.o_proj(x) if self.kind == "linear" else self.ln_v(self.o_proj(x * torch.sigmoid(self.gate(x))))
+        return y.split(lengths)
 
 
 class SpeechAdapter(nn.Module):
@@ -1254,7 +1283,7 @@ class ModRWKV(nn.Module):
                 raise InputError(f"{name}={getattr(config, name)} is not at least 1")
         if config.n_embd % config.head_size:
             raise InputError(f"n_embd={config.n_embd} is not a multiple of head_size={config.head_size}")
-        for name, known in (("rwkv", MIXERS), ("template", TEMPLATES), ("scan", SCANS), ("prompt_style", ("written", "first", "last", "sandwich"))):
+        for name, known in (("rwkv", MIXERS), ("template", TEMPLATES), ("scan", SCANS), ("prompt_style", PROMPT_STYLES), ("adapter_kind", ADAPTERS)):
             if getattr(config, name) not in known:
                 raise InputError(f"{name}={getattr(config, name)} is not one of {', '.join(map(str, known))}")
         self.config = config
@@ -1273,7 +1302,8 @@ class ModRWKV(nn.Module):
             if name != "none":
                 encoder = self.encoder[kind] = ENCODERS[kind][name](config)
                 convs = {"image": (config.conv_kernel, config.conv_stride), "series": (config.series_kernel, config.series_stride)}
-                self.adapter[kind] = (Adapter if kind in convs else SpeechAdapter)(encoder.width, C, config.adapter_scale, *convs.get(kind, ()))
+                own = (*convs[kind], config.adapter_kind) if kind in convs else ()
+                self.adapter[kind] = (Adapter if kind in convs else SpeechAdapter)(encoder.width, C, config.adapter_scale, *own)
         if "series" in self.encoder:
             n, kernel = len(self.encoder["series"].ends(config.lookback)), config.series_kernel
             if kernel and not config.series_stride <= kernel <= n:
@@ -1558,13 +1588,71 @@ def freeze(model, phase, names=""):
 # ----------------------------------------------------------------------------------------------
 # 9. Checkpoints
 
+FLA = """
+model.embeddings.weight                    emb.weight
+model.norm.*                               ln_out.*
+lm_head.weight                             head.weight
+model.layers.*.pre_norm.*                  blocks.*.ln0.*
+model.layers.*.attn_norm.*                 blocks.*.ln1.*
+model.layers.*.ffn_norm.*                  blocks.*.ln2.*
+model.layers.*.attn.r_proj.*               blocks.*.att.receptance.*
+model.layers.*.attn.k_proj.*               blocks.*.att.key.*
+model.layers.*.attn.v_proj.*               blocks.*.att.value.*
+model.layers.*.attn.o_proj.*               blocks.*.att.output.*
+model.layers.*.attn.g_norm.*               blocks.*.att.ln_x.*
+model.layers.*.attn.*_lora.lora.2.bias     blocks.*.att.*0
+model.layers.*.attn.*_lora.lora.0.weight   blocks.*.att.*1  transposed
+model.layers.*.attn.*_lora.lora.2.weight   blocks.*.att.*2  transposed
+model.layers.*.attn.*                      blocks.*.att.*
+model.layers.*.ffn.*                       blocks.*.ffn.*
+"""
+WORLD = """
+modality.world_encoder.adapter.proj.*      adapter.image.mlp.*
+modality.world_encoder.adapter.*           adapter.image.*
+modality.world_encoder.model.*             -
+"""
+VISUAL = """
+vit.*                                      -
+proj.*                                     adapter.image.*
+rwkv.*                                     *
+"""
+LAYOUTS = [  # of released files: how a name in them begins, which none of the following has; theirs and our names, * the same in both, - left out;
+    # and what the model was trained with
+    ("modality.world_encoder.adapter.conv.bias", WORLD.replace("image", "audio"), dict(audio_encoder="wavlm", template="v1", prompt_style="before")),
+    ("modality.", WORLD, dict(image_encoder="siglip", template="v1", prompt_style="before")),
+    ("llm.", "proj.* adapter.image.*\nencoder.model.* -\nllm.* *", dict(image_encoder="siglip", template="v3", prompt_style="tagged")),
+    (
+        "model.llm.",
+        "model.proj.* adapter.image.*\nmodel.encoder.* -" + FLA.replace("model.", "model.llm."),
+        dict(image_encoder="siglip", template="v3", prompt_style="tagged"),
+    ),
+    ("model.", FLA, {}),  # flash-linear-attention
+    ("proj.gate.", VISUAL, dict(image_encoder="dinov2+siglip+sam", adapter_kind="gated", prompt_style="first")),
+    ("rwkv.", "proj.weight adapter.image.o_proj.weight" + VISUAL, dict(image_encoder="clip", adapter_kind="linear", prompt_style="sandwich", scan="bi")),
+    ("blocks.", "", {}),  # BlinkDL
+]
 
-def save(path, model, **more):
-    """Writes model, config and `more` (tensors and plain values) to path: all of it, or nothing and what was there stays."""
+
+def rename(name, table, back=False):
+    """(our name, whether the matrix is transposed) of a name by the first row of a table that fits, or the name itself; `back`: from ours to theirs."""
+    for row in table.strip().splitlines():
+        old, new, *transposed = row.split()
+        old, new = (new, old) if back else (old, new)
+        if match := re.fullmatch(re.escape(old).replace(r"\*", "(.+)"), name):
+            stars = iter(match.groups())
+            return re.sub(r"\*", lambda _: next(stars), new), bool(transposed)
+    return name, False
+
+
+def write(path, contents):
+    """Writes tensors and plain values to path, as torch does or (*.safetensors) as safetensors: all of it, or nothing and what was there stays."""
     partial = f"{path}.partial"
     try:
         with open(partial, "wb") as f:
-            torch.save({"model": model.state_dict(), "config": dataclasses.asdict(model.config), **more}, f)
+            if str(path).endswith(".safetensors"):
+                f.write(safetensors(path).save({name: x.contiguous() for name, x in contents.items()}, {"format": "pt"}))
+            else:
+                torch.save(contents, f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
@@ -1575,64 +1663,202 @@ def save(path, model, **more):
         raise InputError(f"could not save {path}: {getattr(e, 'strerror', None) or 'is the disk full?'}{kept}") from e
 
 
-def read_checkpoint(path):
-    """The contents of a checkpoint of ours, or of an official RWKV .pth (5.2, 6, 7) as if it were one; raises InputError."""
+def save(path, model, **more):
+    """Writes model, config and `more` (tensors and plain values) to path: all of it, or nothing and what was there stays."""
+    write(path, {"model": model.state_dict(), "config": dataclasses.asdict(model.config), **more})
+
+
+def safetensors(path):
+    """The module that reads and writes .safetensors files such as path."""
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        import safetensors.torch
+
+        return safetensors.torch
+    except ImportError as e:
+        raise InputError(f'{path} takes safetensors: pip install -e ".[pretrained]"') from e
+
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file."""
+    module = safetensors(path)
+    try:
+        return module.load_file(path)
+    except Exception as e:  # safetensors' own, and OSError
+        raise InputError(f"cannot read {path}: {e}") from e
+
+
+def read_file(path):
+    """What a .pt, .pth or .safetensors file holds, or a folder: of train.py's ckpt.pt, or of model.safetensors, whole or in parts by its index."""
+    index = os.path.join(path, "model.safetensors.index.json")
+    if os.path.isdir(path) and not os.path.exists(index):
+        found = [file for name in ("ckpt.pt", "model.safetensors") if os.path.exists(file := os.path.join(path, name))]
+        if not found:
+            raise InputError(f"{path} holds neither the ckpt.pt of train.py nor model.safetensors")
+        path = found[0]
+    try:
+        if os.path.isdir(path):
+            with open(index, encoding="utf-8") as f:
+                place = json.load(f)["weight_map"]
+            parts = {file: read_safetensors(os.path.join(path, os.path.basename(file))) for file in sorted(set(place.values()))}
+            for name, file in place.items():
+                if name not in parts[file]:
+                    raise InputError(f"{index} does not fit: {name} is missing in {file}")
+            return {name: x for part in parts.values() for name, x in part.items()}
+        return read_safetensors(path) if path.endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except OSError as e:
         raise InputError(f"cannot read the checkpoint {path}: {e.strerror or e}") from e
-    except Exception as e:  # pickle's, zipfile's and torch's own: whatever it is, these bytes are no checkpoint
-        raise InputError(f"{path} is not a checkpoint that torch can read safely, or it is cut short") from e
+    except Exception as e:  # json's, pickle's, zipfile's and torch's own: whatever it is, these bytes are no checkpoint
+        raise InputError(f"{path} is not a checkpoint that can be read safely, or it is cut short") from e
+
+
+def read_checkpoint(path):
+    """The contents of a checkpoint of ours, or of a released one as if it were ours, with "theirs", which gives back (a name as it has
+    it, whether transposed); raises InputError."""
+    path = str(path)
+    data = read_file(path)
     if not isinstance(data, dict):
         raise InputError(f"{path} holds no model")
-    if "emb.weight" in data:
-        data = {"model": data, "config": {"tokenizer": "rwkv_vocab_v20230424.txt", "image_encoder": "none"}}
-    if not isinstance(data.get("model"), dict) or not isinstance(data.get("config"), dict):
-        raise InputError(f"{path} is from elsewhere: neither a checkpoint of train.py nor an official RWKV .pth")
-    return data
+    if isinstance(data.get("model"), dict) and isinstance(data.get("config"), dict):
+        return data
+    begins = lambda start: any(isinstance(name, str) and name.startswith(start) for name in data)
+    layout = next((layout for layout in LAYOUTS if begins(layout[0])), None)
+    if not layout:
+        raise InputError(f"{path} is from elsewhere: neither a checkpoint of train.py nor a released RWKV, ModRWKV or VisualRWKV")
+    start, table, config = layout
+    weights, names, left_out = {}, {}, []
+    for name, x in data.items():
+        new, transposed = rename(str(name), table)
+        if new == "-":
+            left_out.append(name)
+            continue
+        if new in weights:
+            raise InputError(f"{path} does not fit: {names[new][0]} is there twice, the other time as {name}")
+        names[new] = name, transposed
+        weights[new] = x.t() if transposed and torch.is_tensor(x) and x.dim() == 2 else x
+    config = {"tokenizer": "rwkv_vocab_v20230424.txt", "image_encoder": "none"} | config
+    size = lambda name, i: weights[name].shape[i] if torch.is_tensor(weights.get(name)) and weights[name].dim() > i else 0
+    for kind in ("image", "audio"):
+        if scale := size(f"adapter.{kind}.mlp.2.weight", 1) // max(1, size("emb.weight", 1)):
+            config["adapter_scale"] = scale
+    if start == "modality." and config.get("adapter_scale", 0) >= 4:  # from July 2025 on, when the template had changed
+        config["template"] = "v2"
+    if config["image_encoder"] != "none":
+        kernel = size("adapter.image.conv.weight", 2)
+        config |= {"conv_kernel": kernel} | ({"conv_stride": kernel - 1} if kernel > 1 else {})
+        config |= {"encoder_width": size("adapter.image.gate.weight", 1)} if config.get("adapter_kind") == "gated" else {}
+    if left_out:
+        print(f"{path}: {len(left_out)} tensors of its encoder ({left_out[0]} ...) are left out: an encoder is read from its own folder", file=sys.stderr)
+    eps, N = 1e-5, size("blocks.0.att.r_k", 1)
+    with contextlib.suppress(OSError), open(os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json"), encoding="utf-8") as f:
+        eps = float((re.findall(r'"norm_eps":\s*(\d+(?:\.\d+)?(?:e-\d+)?)', f.read()) or [eps])[0])
+    if start.startswith("model.") and N and not math.isclose(N * eps, 64e-5):
+        raise InputError(f"{path} does not fit: its heads of {N} channels have a norm with epsilon {N * eps:.2g}, not 64e-5 as BlinkDL's")
+    return {"model": weights, "config": config, "theirs": lambda name: names.get(name) or rename(name, table, back=True)}
 
 
 def build(data, path, **changes):
-    """The model of read_checkpoint's contents; sizes are read off the tensors, `changes` go into its config."""
-    weights = {name: x for name, x in data["model"].items() if not re.match(r"blocks\.0\.att\.v[012]", name)}  # unused there
+    """The model of read_checkpoint's contents; sizes are read off the tensors, `changes` go into its config. What belongs to an
+    encoder that is changed to none is left out."""
+    parts = {kind: (f"encoder.{kind}.", f"adapter.{kind}.") + ("forecast_head.",) * (kind == "series") for kind in MEDIA}
+    unused = [f"blocks.0.att.v{i}" for i in "012"] + [part for kind in MEDIA if changes.get(f"{kind}_encoder") == "none" for part in parts[kind]]
+    weights = {str(name): x for name, x in data["model"].items() if not str(name).startswith(tuple(unused))}
+    theirs = data.get("theirs", lambda name: (name, False))
     rwkv = 6 if "blocks.0.att.time_maa_x" in weights else 5 if "blocks.0.att.time_mix_k" in weights else 7
     heads = "blocks.0.att.r_k" if rwkv == 7 else "blocks.0.att.time_faaaa"
     decay = {5: "time_decay", 6: "time_decay_w1", 7: "w1"}[rwkv]
+    for name, x in weights.items():
+        if not torch.is_tensor(x) or not x.is_floating_point():
+            raise InputError(f"{path} is not an RWKV-{rwkv} checkpoint: {theirs(name)[0]} is not a tensor of floating-point numbers")
     for name in ("emb.weight", heads, f"blocks.0.att.{decay}", "blocks.0.ffn.key.weight"):
         if name not in weights:
-            raise InputError(f"{path} is not an RWKV-{rwkv} checkpoint: it has no {name}")
-        if not torch.is_tensor(weights[name]) or weights[name].dim() != 2:
-            raise InputError(f"{path} is not an RWKV-{rwkv} checkpoint: {name} is not a matrix")
+            raise InputError(f"{path} is not an RWKV-{rwkv} checkpoint: it has no {theirs(name)[0]}")
+        if weights[name].dim() != 2:
+            raise InputError(f"{path} is not an RWKV-{rwkv} checkpoint: {theirs(name)[0]} is not a matrix")
     config = {k: v for k, v in data["config"].items() if k in Config.__dataclass_fields__} | changes
-    V, config["n_embd"] = weights["emb.weight"].shape
-    config["n_layer"] = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+    V, config["n_embd"] = len(weights["emb.weight"]), weights[heads].numel()
+    config["n_layer"] = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     config["head_size"], config["rwkv"] = weights[heads].shape[1], rwkv
     rank = lambda name: weights[name].shape[1] if name in weights else 0
     ranks = {name: rank(f"blocks.{min(1, config['n_layer'] - 1) if name == 'v' else 0}.att.{name}1") for name in "wavg"}
     ranks |= {"maa": rank("blocks.0.att.time_maa_w2"), "decay": rank("blocks.0.att.time_decay_w1")}
     model = ModRWKV(Config(**config), V, ranks, weights["blocks.0.ffn.key.weight"].shape[0])
-    parts = [(f"encoder.{kind}.", f"adapter.{kind}.") + ("forecast_head.",) * (kind == "series") for kind in MEDIA]
-    fresh = tuple(part for both in parts for part in both if not any(name.startswith(both) for name in weights))
+    fresh = tuple(part for both in parts.values() for part in both if not any(name.startswith(both) for name in weights))
     new = [name for name in model.state_dict() if name.startswith(fresh)]  # a language model may be given eyes or ears
-    fit(model, weights, path, new)
+    fit(model, weights, path, new, theirs)
     return model
 
 
-def fit(model, weights, path, new=()):
-    """Fills the model with weights {name: tensor}, all but the `new`; raises InputError, naming what is missing or too much."""
+def fit(model, weights, path, new=(), theirs=lambda name: (name, False)):
+    """Fills the model with weights {name: tensor}, all but the `new`; raises InputError, naming what is missing or too much as the file does.
+    A model on the device "meta" takes the tensors themselves, whatever their dtype."""
     own, squeezed = model.state_dict(), lambda x: [n for n in x.shape if n > 1]  # (1, 1, C) and (C,) are the same
-    wrong = [f"{name} is missing" for name in own if name not in weights and name not in new]
-    wrong += [f"{name} is not expected" for name in weights if name not in own]
-    wrong += [f"{n} has shape {tuple(x.shape)}, not {tuple(own[n].shape)}" for n, x in weights.items() if n in own and squeezed(x) != squeezed(own[n])]
+    shape = lambda name, x: tuple(x.shape)[:: -1 if theirs(name)[1] else 1]
+    wrong = [f"{theirs(name)[0]} is missing" for name in own if name not in weights and name not in new]
+    wrong += [f"{theirs(name)[0]} is not expected" for name in weights if name not in own]
+    misshapen = [name for name, x in weights.items() if name in own and squeezed(x) != squeezed(own[name])]
+    wrong += [f"{theirs(name)[0]} has shape {shape(name, weights[name])}, not {shape(name, own[name])}" for name in misshapen]
     if wrong:
         raise InputError(f"{path} does not fit: " + "; ".join(wrong[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""))
-    model.load_state_dict({name: x.view(own[name].shape) for name, x in weights.items()}, strict=not new)
+    meta = any(x.is_meta for x in own.values())
+    model.load_state_dict({name: x.reshape(own[name].shape) for name, x in weights.items()}, strict=not new, assign=meta)
 
 
 def load(path, device="cpu", **changes):
-    """A model ready to answer, from a checkpoint of train.py or an official RWKV .pth, 5.2, 6 or 7 (untrusted files are safe).
+    """A model ready to answer, from a checkpoint of train.py (or its folder) or a released one, recognised by the names in it: BlinkDL's .pth
+    of RWKV-5.2, 6 or 7, flash-linear-attention's or WorldRWKV's .safetensors (or their folder), .pth of WorldRWKV and VisualRWKV 6.0 and 7.00.
+    Untrusted files are safe.
 
-    changes: settings of Config to override, e.g. tokenizer="rwkv_vocab_v20230424.txt" for an official .pth.
+    changes: settings of Config to override, e.g. tokenizer="rwkv_vocab_v20230424.txt" for an official .pth, template="v2",
+    image_encoder="folder", or image_encoder="none" for the language model alone.
     Raises InputError if the file cannot be read or does not fit, naming what is missing or too much.
     """
     return build(read_checkpoint(path), path, **changes).to(device).eval()
+
+
+def convert(source, target):
+    """Writes the checkpoint `source` as `target`: *.pt in our layout, *.pth in BlinkDL's, *.safetensors or a folder (with config.json) in
+    flash-linear-attention's; no number changes, nor its dtype. The last three take a language model alone."""
+    kind = os.path.splitext(target)[1]
+    file = target if kind in (".pt", ".pth", ".safetensors") else os.path.join(target, "model.safetensors")
+    if os.path.exists(file):
+        raise InputError(f"{file} exists: choose another name")
+    data = read_checkpoint(source)
+    with torch.device("meta"):
+        model = build(data, source, **{f"{kind}_encoder": "none" for kind in MEDIA})
+    weights, config = model.state_dict(), model.config
+    signals = {name: x for name, x in data["model"].items() if name.startswith(("encoder.", "adapter.", "forecast_head."))}
+    if kind == ".pt":
+        names = {name: value for name, value in data["config"].items() if name.endswith("_encoder")}
+        return write(file, {"model": weights | signals, "config": dataclasses.asdict(config) | names})
+    if signals:
+        print(f"{source}: its encoders and adapters are left out: {target} takes a language model alone", file=sys.stderr)
+    if kind == ".pth":
+        return write(file, weights)
+    if config.rwkv != 7 or config.head_size != 64:
+        raise InputError(f"{source}: flash-linear-attention's layout takes RWKV-7 with heads of 64 channels, not RWKV-{config.rwkv} with {config.head_size}")
+    theirs = {}
+    for name, x in weights.items():
+        name, transposed = rename(name, FLA, back=True)
+        theirs[name] = x.t() if transposed else x if ".attn.x_" in name or x.dim() < 3 else x.flatten()
+    if file != target:
+        ranks = {name: next((x.shape[1] for n, x in weights.items() if n.endswith(f"att.{name}1")), 32) for name in "wavg"}
+        ranks = {f"{long}_low_rank_dim": ranks[name] for long, name in (("decay", "w"), ("a", "a"), ("v", "v"), ("gate", "g"))}
+        V, C, hidden = *weights["emb.weight"].shape, len(weights["blocks.0.ffn.key.weight"])
+        sizes = dict(vocab_size=V, hidden_size=C, intermediate_size=hidden, hidden_ratio=hidden / C, num_hidden_layers=config.n_layer)
+        sizes |= dict(head_dim=64, num_heads=C // 64, value_dim=[C] * config.n_layer, norm_eps=1e-5, norm_bias=True, tie_word_embeddings=False)
+        about = dict(model_type="rwkv7", architectures=["RWKV7ForCausalLM"], torch_dtype=str(weights["emb.weight"].dtype)[6:], bos_token_id=0, eos_token_id=0)
+        os.makedirs(target, exist_ok=True)
+        with open(os.path.join(target, "config.json"), "w") as f:
+            json.dump(about | sizes | ranks, f, indent=2)
+    write(file, theirs)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 4 or sys.argv[1] != "convert":
+        sys.exit("usage: python modrwkv.py convert IN OUT: OUT is *.pt (ours), *.pth (BlinkDL's), *.safetensors or a folder (flash-linear-attention's)")
+    try:
+        convert(*sys.argv[2:])
+    except (InputError, OSError) as e:
+        sys.exit(f"error: {e}")

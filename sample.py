@@ -30,7 +30,7 @@ from modrwkv import MARK, MEDIA, InputError, get_tokenizer, load, normalise, rea
 class Sample:
     """sampling"""
 
-    out_dir: str = setting("out", "folder of ckpt.pt, or the path of a checkpoint")
+    out_dir: str = setting("out", "folder of ckpt.pt, or a checkpoint: ours or a released one")
     prompt: str = setting("", "the question; <image>, <audio> and <series> in it mark where a picture, a sound or a series goes, else they come first")
     image: str = setting("", "picture files, separated by commas")
     audio: str = setting("", "sound files (wav, flac, ogg, mp3), separated by commas")
@@ -283,10 +283,9 @@ def main(argv=None):
         raise InputError("--raw, --chat and --eval=FILE exclude each other; --raw takes no picture or sound, and --eval no prompt either")
     if s.batch_size < 1:
         raise InputError(f"--batch_size={s.batch_size} is not at least 1")
-    path = os.path.join(s.out_dir, "ckpt.pt") if os.path.isdir(s.out_dir) else s.out_dir
-    if not os.path.exists(path):
-        raise InputError(f"no checkpoint at {path}: train one with python train.py --out_dir={s.out_dir}, or name another with --out_dir")
-    model = load(path, find_device(s.device), **({"tokenizer": s.tokenizer} if s.tokenizer else {}))
+    if not os.path.exists(s.out_dir):
+        raise InputError(f"no checkpoint at {s.out_dir}: train one with python train.py --out_dir={s.out_dir}, or name another with --out_dir")
+    model = load(s.out_dir, find_device(s.device), **({"tokenizer": s.tokenizer} if s.tokenizer else {}))
     how = dict(max_new_tokens=s.max_new_tokens, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, seed=s.seed)
 
     if s.eval.endswith(".csv"):

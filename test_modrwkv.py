@@ -244,7 +244,7 @@ def test_templates(template, want):
 @pytest.mark.parametrize("template,want", [
     ("world", "<A>Assistant:[ yes\n\n]"), ("v1", "<A>\x16Assistant:[ yes\x17]"), ("v2", "<A>\x16Assistant:[ yes\x17]"), ("v3", "<A>\x16Assistant:[yes\x17]"),
 ])
-@pytest.mark.parametrize("style", ["written", "first", "last", "sandwich"])
+@pytest.mark.parametrize("style", modrwkv.PROMPT_STYLES)
 def test_what_is_to_be_written_down_has_no_question(template, want, style):
     config = dataclasses.replace(SMALL, template=template, prompt_style=style)
     assert spell(conversation(config, [("<audio>\n", "yes")], iter([("audio", "A")]))) == want
@@ -1771,6 +1771,343 @@ def test_a_checkpoint_runs_no_code(tmp_path):
     assert not (tmp_path / "ran").exists()
     torch.load(tmp_path / "torch.pt", weights_only=False)
     assert (tmp_path / "ran").exists()  # it would have run
+
+
+def fla_names(weights):
+    """An official RWKV-7 file as flash-linear-attention writes it: the table of its converter, spelled out."""
+    z = {"model.embeddings.weight": weights["emb.weight"], "lm_head.weight": weights["head.weight"]}
+    z |= {f"model.norm.{s}": weights[f"ln_out.{s}"] for s in ("weight", "bias")}
+    for name, x in weights.items():
+        if not (at := re.fullmatch(r"blocks\.(\d+)\.(\w+)\.(.*)", name)):
+            continue
+        i, part, rest = at.groups()
+        if part in ("ln0", "ln1", "ln2"):
+            part = {"ln0": "pre_norm", "ln1": "attn_norm", "ln2": "ffn_norm"}[part]
+        elif part == "ffn":
+            x = x.flatten() if rest == "x_k" else x
+        elif i == "0" and rest in ("v0", "v1", "v2"):
+            continue
+        elif re.fullmatch("[wavg][012]", rest):
+            x = x.flatten() if rest[1] == "0" else x.T
+            part, rest = "attn", f"{rest[0]}_lora.lora." + {"0": "2.bias", "1": "0.weight", "2": "2.weight"}[rest[1]]
+        else:
+            long = {"receptance": "r_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj", "ln_x": "g_norm"}
+            head, _, tail = rest.partition(".")
+            part, rest, x = "attn", f"{long.get(head, head)}.{tail}".rstrip("."), x.flatten() if head in ("k_k", "k_a") else x
+        z[f"model.layers.{i}.{part}.{rest}"] = x.contiguous()
+    return z
+
+
+def mlp(C, scale, width, first, norm=True, seed=3):
+    """Random tensors of ModRWKV's adapter; `first`: what its mlp is called."""
+    g = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: torch.randn(*shape, generator=g) / shape[-1] ** 0.5
+    z = {f"{first}.0.weight": normal(scale * C, width), f"{first}.0.bias": normal(scale * C), f"{first}.2.weight": normal(C, scale * C)}
+    return z | {f"{first}.2.bias": normal(C)} | ({"pre_norm.weight": normal(C), "pre_norm.bias": normal(C)} if norm else {})
+
+
+under = lambda prefix, z: {prefix + name: x for name, x in z.items()}
+ones = lambda *names: {name: torch.ones(2) for name in names}
+layer = lambda x, z, name: x @ z[f"{name}.weight"].T + z[f"{name}.bias"]
+norm = lambda y, weight, bias: (y - y.mean(1, keepdim=True)) / (y.var(1, correction=0, keepdim=True) + 1e-5).sqrt() * weight + bias
+
+
+def vision_adapter(z, x, first):
+    y = layer(layer(x, z, f"{first}.0").clamp(min=0), z, f"{first}.2")
+    return y + norm(y, z["pre_norm.weight"], z["pre_norm.bias"])
+
+
+def speech_adapter(z, x):
+    x = torch.cat([torch.zeros(2, x.shape[1]), x, torch.zeros(2, x.shape[1])])
+    x = torch.stack([sum(z["conv.weight"][:, :, j] @ x[i + j] for j in range(3)) for i in range(0, len(x) - 2, 2)]) + z["conv.bias"]
+    return layer(layer(x, z, "proj.0").clamp(min=0), z, "proj.2")
+
+
+C_, WIDTH = 128, 24
+V1, V2, V3 = dict(template="v1", prompt_style="before"), dict(template="v2", prompt_style="before"), dict(template="v3", prompt_style="tagged")
+SIGLIP, MLP = dict(image_encoder="siglip", conv_kernel=0), mlp(C_, 2, WIDTH, "mlp")
+SPEECH = under("adapter.", mlp(C_, 2, 2 * C_, "proj", norm=False) | {"conv.weight": torch.randn(2 * C_, WIDTH, 3), "conv.bias": torch.randn(2 * C_)})
+GATED = {"gate.weight": torch.randn(WIDTH, WIDTH), "o_proj.weight": torch.randn(C_, WIDTH), "ln_v.weight": torch.randn(C_), "ln_v.bias": torch.randn(C_)}
+FLAT, PROJ, FOUR = mlp(C_, 2, WIDTH, "proj"), torch.randn(C_, WIDTH), mlp(C_, 4, WIDTH, "mlp")
+RELEASED = {  # layout: generation, the file of an official one's tensors, what the config says, and the adapter's formula
+    "BlinkDL": (7, dict, dict(image_encoder="none"), None),
+    "fla": (7, fla_names, dict(image_encoder="none"), None),
+    "WorldRWKV, pictures": (
+        7, lambda z: z | under("modality.world_encoder.", under("adapter.", FLAT) | ones("model.x", "model.y.z")),
+        SIGLIP | V1 | dict(adapter_scale=2), lambda x: vision_adapter(FLAT, x, "proj"),
+    ),
+    "WorldRWKV, pictures, July 2025": (
+        7, lambda z: z | under("modality.world_encoder.adapter.", FOUR), SIGLIP | V2 | dict(adapter_scale=4), lambda x: vision_adapter(FOUR, x, "mlp"),
+    ),
+    "WorldRWKV, speech": (
+        7, lambda z: z | under("modality.world_encoder.", SPEECH | ones("model.x")), dict(image_encoder="none", audio_encoder="wavlm", adapter_scale=2) | V1,
+        lambda x: speech_adapter({name[8:]: y for name, y in SPEECH.items()}, x),
+    ),
+    "WorldRWKV, August 2025": (
+        7, lambda z: under("llm.", z) | under("proj.", MLP) | ones("encoder.model.x"), SIGLIP | V3 | dict(adapter_scale=2),
+        lambda x: vision_adapter(MLP, x, "mlp"),
+    ),
+    "WorldRWKV, Hugging Face": (
+        7, lambda z: {re.sub("^model", "model.llm", name): x for name, x in fla_names(z).items()} | under("model.", under("proj.", MLP) | ones("encoder.x")),
+        SIGLIP | V3 | dict(adapter_scale=2), lambda x: vision_adapter(MLP, x, "mlp"),
+    ),
+    "VisualRWKV 6.0": (
+        6, lambda z: under("rwkv.", z) | {"proj.weight": PROJ} | ones("vit.vision_model.x"),
+        dict(image_encoder="clip", conv_kernel=0, adapter_kind="linear", prompt_style="sandwich", scan="bi"), lambda x: x @ PROJ.T,
+    ),
+    "VisualRWKV 7.00": (
+        7, lambda z: under("rwkv.", z) | under("proj.", GATED) | ones("vit.dino_featurizer.x"),
+        dict(image_encoder="dinov2+siglip+sam", conv_kernel=0, adapter_kind="gated", prompt_style="first", encoder_width=WIDTH),
+        lambda x: norm((x / (1 + (-x @ GATED["gate.weight"].T).exp())) @ GATED["o_proj.weight"].T, GATED["ln_v.weight"], GATED["ln_v.bias"]),
+    ),
+}
+
+
+class Pretrained(torch.nn.Module):
+    """A pretrained encoder's place: no weights of its own in a checkpoint; pixels in rows of WIDTH are its vectors."""
+
+    pretrained, width = True, WIDTH
+
+    def __init__(self, config):
+        super().__init__()
+
+    def load(self, path):
+        return torch.from_numpy(np.resize(np.asarray(Image.open(path), np.float32), (6, WIDTH)))
+
+    def length(self, data):
+        return len(data)
+
+    def columns(self, data):
+        return 3
+
+    def forward(self, batch):
+        return batch
+
+
+@pytest.fixture
+def pretrained(monkeypatch):
+    for kind, name in (("image", "siglip"), ("image", "clip"), ("audio", "wavlm")):
+        monkeypatch.setitem(modrwkv.ENCODERS[kind], name, Pretrained)
+
+
+def released(layout, path, n_layer=2):
+    """(the path of a random file in a released layout, the official tensors in it)"""
+    rwkv, names, *_ = RELEASED[layout]
+    weights = official_weights(n_layer, C_, ranks=(16, 24, 8, 40)) if rwkv == 7 else weights_of(rwkv, n_layer, C_)
+    torch.save(names(weights), path)
+    return path, weights
+
+
+@pytest.mark.parametrize("layout", RELEASED)
+@torch.no_grad()
+def test_released_layouts(layout, pretrained, official, official_before_7, tmp_path, capsys):
+    rwkv, _, config, formula = RELEASED[layout]
+    path, weights = released(layout, tmp_path / "x.pth")
+    ours = load(path)
+    said = capsys.readouterr().err
+    assert ("left out" in said) == any(x.shape == (2,) for x in torch.load(path).values()) and said.count("\n") <= 1
+    assert ours.config == Config(**config, rwkv=rwkv, n_layer=2, n_embd=C_, tokenizer="rwkv_vocab_v20230424.txt")
+    torch.save(weights, tmp_path / "official.pth")
+    theirs = official[0](str(tmp_path / "official"), "cpu fp32") if rwkv == 7 else official_before_7(str(tmp_path / "official"))
+    assert_logits_agree(ours, theirs, torch.randint(300, (20,), generator=torch.Generator().manual_seed(7)))
+    if formula:
+        [kind] = ours.adapter
+        signals = [torch.randn(n, WIDTH, generator=torch.Generator().manual_seed(n)) for n in (9, 4)]
+        for x, got in zip(signals, ours.adapter[kind](signals)):
+            assert distance(got, formula(x)) < 1e-5
+        blind = load(path, template="v2", **{f"{kind}_encoder": "none"})
+        assert blind.config.template == "v2" and set(blind.state_dict()) == {name for name in ours.state_dict() if not name.startswith("adapter.")}
+
+
+TELLING = ("r_k", "time_faaaa", ".v1", "v_lora.lora.0.weight", "ffn.key.weight")  # sizes are read off them: what does not fit to one is named then
+TELLING += ("conv.bias", "gate.weight")  # and without these, it is another layout that the file does not fit
+
+
+@pytest.mark.parametrize("layout", RELEASED)
+def test_released_files_that_do_not_fit(layout, pretrained, tmp_path, monkeypatch):
+    """What is missing, too much or misshapen is called as the file calls it."""
+    path, _ = released(layout, tmp_path / "x.pth")
+    data = torch.load(path)
+
+    def message(**more):
+        monkeypatch.setattr(modrwkv, "read_file", lambda path: {name: x for name, x in (data | more).items() if x is not None})
+        words = refusal(load, path)
+        assert words.startswith(str(path))
+        return words
+
+    kinds = itertools.cycle((lambda x: None, lambda x: 5, lambda x: torch.ones(*x.shape[:-1], x.shape[-1] + 1)))
+    for name, x in data.items():
+        if x.shape != (2,) and ".0." not in name.replace("mlp.0", "").replace("proj.0", ""):  # an encoder's are left out
+            alike = name.replace("adapter.mlp", "adapter.proj") if "July" in layout else name  # both were its name, at times
+            words = message(**{name: next(kinds)(x)})
+            assert name in words or alike in words or name.endswith(TELLING)
+    for more in ("foo", "blocks.0.ffn.s_emb.weight", "proj.more.weight", "blocks.1.att.qkv.weight"):
+        assert f"{more} is not expected" in message(**{more: torch.ones(3)})
+    [head] = [name for name in data if name.endswith("head.weight")]
+    if head != "head.weight":
+        assert f"{head} is there twice, the other time as head.weight" in message(**{"head.weight": data[head]})
+
+
+QUESTION = [("<image>\nWhat?", "This."), ("Why?", None)]
+RELEASED_PROMPTS = {
+    "BlinkDL": "User: <image>\nWhat?\n\nAssistant:[ This.\n\n]User: Why?\n\nAssistant:",
+    "WorldRWKV, pictures": "<image>\x16User: What?\x17Assistant:[ This.\x17]User: Why?\x17Assistant:",
+    "WorldRWKV, pictures, July 2025": "<image>\x16User: What?\x17\x16Assistant:[ This.\x17]\x16User: Why?\x17\x16Assistant:",
+    "WorldRWKV, August 2025": "\x16User:{<image>}What?\x17\x16Assistant:[This.\x17]\x16User:Why?\x17\x16Assistant:",
+    "VisualRWKV 6.0": "User: What?\nWhy?\n<image>\nWhat?\n\nAssistant:[ This.\n\n]User: Why?\n\nAssistant:",
+    "VisualRWKV 7.00": "User: <image>\nWhat?\n\nAssistant:[ This.\n\n]User: Why?\n\nAssistant:",
+}
+
+
+@pytest.mark.parametrize("layout", RELEASED_PROMPTS)
+def test_released_models_are_asked_as_they_were_trained(layout, pretrained, tmp_path):
+    config = dataclasses.replace(load(released(layout, tmp_path / "x.pth")[0]).config, tokenizer="bytes")
+    tags = {(65530,): ("text", codes("{")), (65531,): ("text", codes("}"))}
+    segments = [tags.get(tuple(data), (kind, data)) if kind == "text" else (kind, data) for kind, data in conversation(config, QUESTION, iter([picture(0)]))]
+    assert spell(segments) == RELEASED_PROMPTS[layout]
+
+
+def test_where_several_pictures_go_before_a_turn_and_in_tags():
+    ask = lambda style, *turns: conversation(dataclasses.replace(SMALL, template="v1", prompt_style=style), turns, iter([("image", "A"), ("image", "B")]))
+    want = "<A><B>\x16User: Same as ?\x17Assistant:[ No.\x17]User: Why?\x17Assistant:"
+    assert spell(ask("before", ("<image>Same as <image>?", "No."), ("Why?", None))) == want
+    assert spell(ask("before", ("A?", "No."), ("B <image>?", None))) == "\x16User: A?\x17Assistant:[ No.\x17]<A>User: B ?\x17Assistant:"
+    kinds = [(kind, data) if kind == "image" or data[0] > 9999 else kind for kind, data in ask("tagged", ("Is <image> like <image>?", None))]
+    open, close = ("text", [65530]), ("text", [65531])
+    assert kinds == ["text", open, ("image", "A"), close, open, ("image", "B"), close, "text"]
+
+
+def test_towers_that_are_not_here(tmp_path):
+    model = load(released("VisualRWKV 7.00", tmp_path / "x.pth")[0], tokenizer="bytes")
+    message = refusal(model.question, "What?", [("image", "x.png")])
+    assert all(word in message for word in ("x.png", "SAM", "DINOv2-L", "SigLIP"))
+    assert "User: What?" in spell(model.question("What?"))
+
+
+def hf_folder(folder, weights, shards=1, **config):
+    """A folder as transformers writes it: config.json and model.safetensors, or parts of it and their index."""
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"norm_eps": 1e-5} | config))
+    if shards == 1:
+        save_file(weights, folder / "model.safetensors")
+        return folder
+    place = {name: f"model-{1 + i % shards:05}-of-{shards:05}.safetensors" for i, name in enumerate(weights)}
+    for file in set(place.values()):
+        save_file({name: x for name, x in weights.items() if place[name] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": place}))
+    return folder
+
+
+def test_folders_of_safetensors(pretrained, tmp_path):
+    weights = {name: x.bfloat16() for name, x in official_weights(2, C_).items()}
+    want = {name: x.float() for name, x in weights.items() if not name.startswith("blocks.0.att.v") or name[-1] not in "012"}
+    export = RELEASED["WorldRWKV, Hugging Face"][1](weights)
+    for i, (z, shards) in enumerate(itertools.product((fla_names(weights), export), (1, 3))):
+        folder = hf_folder(tmp_path / f"{i}", z, shards)
+        for path in [folder, *folder.glob("model.safetensors")]:
+            own = load(path).state_dict()
+            assert all(torch.equal(own[name], x) for name, x in want.items())
+        if shards > 1:
+            part = sorted(folder.glob("model-*"))[1]
+            part.rename(folder / "gone")
+            assert part.name in refusal(load, folder)
+            shutil.copy(folder / "model-00001-of-00003.safetensors", part)
+            message = refusal(load, folder)
+            assert part.name in message and "is missing" in message
+            for broken in ("{", "[]", '{"weight_map": {"a": 5}}', '{"weight_map": 5}'):
+                (folder / "model.safetensors.index.json").write_text(broken)
+                assert str(folder) in refusal(load, folder)
+    assert "norm" in refusal(load, hf_folder(tmp_path / "eps", fla_names(weights), norm_eps=1e-6))
+    assert "norm" in refusal(load, hf_folder(tmp_path / "heads", fla_names(official_weights(2, C_, N=32))))
+    (tmp_path / "empty").mkdir()
+    assert "model.safetensors" in refusal(load, tmp_path / "empty")
+    (tmp_path / "x.safetensors").write_bytes(b"no tensors")
+    assert "x.safetensors" in refusal(load, tmp_path / "x.safetensors")
+
+
+def test_without_safetensors_a_word_of_what_to_install(tmp_path, monkeypatch):
+    folder = hf_folder(tmp_path / "x", fla_names(official_weights(1, 64)))
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    assert 'pip install -e ".[pretrained]"' in refusal(load, folder)
+
+
+@torch.no_grad()
+def test_flash_linear_attention_reads_what_is_converted_and_the_other_way_round(tmp_path):
+    """Against `rwkv7-hf`, a model of its own under the same names."""
+    rwkv7_hf = pytest.importorskip("rwkv7_hf")
+    torch.save(official_weights(3, C_, ranks=(16, 24, 8, 40)), tmp_path / "x.pth")
+    modrwkv.convert(tmp_path / "x.pth", tmp_path / "fla")
+    theirs = rwkv7_hf.RWKV7ForCausalLM.from_pretrained(tmp_path / "fla").eval()
+    tokens = torch.randint(300, (2, 30), generator=torch.Generator().manual_seed(7))
+    assert (load(tmp_path / "x.pth")(tokens)[0] - theirs(tokens).logits).abs()[:, 1:].max() < 1e-4  # the first token: see assert_logits_agree
+    randomise(theirs, seed=5).save_pretrained(tmp_path / "saved")
+    assert distance(load(tmp_path / "saved")(tokens)[0][:, 1:], theirs(tokens).logits[:, 1:]) < 1e-5
+
+
+bits = lambda x: x.contiguous().view(torch.uint8)
+CHAINS = ["a.pth", "a.pt a.pth", "fla a.pth", "a.safetensors a.pt a.pth", "fla a.pt b.safetensors b.pt a.pth"]
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("n_layer,dtype", [(1, torch.float16), (2, torch.bfloat16), (3, torch.float32)])
+def test_conversions_change_no_bit(chain, n_layer, dtype, tmp_path):
+    weights = {name: x.to(dtype) for name, x in official_weights(n_layer, 64, ranks=(16, 24, 8, 40)).items()}
+    weights["blocks.0.att.w0"][0, 0, :3] = torch.tensor([math.nan, -0.0, 6e-8])
+    weights["blocks.0.att.w0"] = weights["blocks.0.att.w0"].float()  # as some have it, beside the rest in bfloat16
+    torch.save(weights, tmp_path / "in.pth")
+    steps = ["in.pth", *chain.split()]
+    for source, target in itertools.pairwise(steps):
+        modrwkv.convert(tmp_path / source, tmp_path / target)
+    after = torch.load(tmp_path / "a.pth")
+    assert set(after) == {name for name in weights if not re.match(r"blocks\.0\.att\.v[012]", name)}  # which are unused there
+    assert all(x.dtype == weights[name].dtype and x.shape == weights[name].shape and torch.equal(bits(x), bits(weights[name])) for name, x in after.items())
+    assert all(f"{target} exists" in refusal(modrwkv.convert, tmp_path / "in.pth", tmp_path / target) for target in steps if target != "fla")
+
+
+def test_convert_by_command(tmp_path):
+    torch.save(official_weights(1, 64), tmp_path / "in.pth")
+    for says in ("", "error: fla/model.safetensors exists"):
+        done = run([REPO / "modrwkv.py", "convert", "in.pth", "fla"], tmp_path)
+        assert done.stderr.startswith(says) and done.stderr.count("\n") == bool(says) == done.returncode and not done.stdout
+    assert sorted(os.listdir(tmp_path / "fla")) == ["config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("rwkv", [5, 6])
+def test_earlier_generations_convert_to_ours_and_back(rwkv, tmp_path):
+    weights = {name: x.bfloat16() for name, x in weights_of(rwkv, 2, 64).items()}
+    torch.save(weights, tmp_path / "in.pth")
+    for source, target in itertools.pairwise(("in.pth", "a.pt", "b.pth")):
+        modrwkv.convert(tmp_path / source, tmp_path / target)
+    after = torch.load(tmp_path / "b.pth")
+    assert after.keys() == weights.keys() and all(torch.equal(x, weights[name]) for name, x in after.items())
+    assert f"RWKV-{rwkv}" in refusal(modrwkv.convert, tmp_path / "in.pth", tmp_path / "fla")
+
+
+@pytest.mark.parametrize("layout", [layout for layout in RELEASED if RELEASED[layout][3]])
+def test_released_models_convert_to_ours(layout, pretrained, tmp_path, capsys):
+    path, weights = released(layout, tmp_path / "x.pth")
+    modrwkv.convert(path, tmp_path / "ckpt.pt")
+    want, got = load(path), load(tmp_path)  # a folder of ours
+    assert got.config == want.config
+    assert all(torch.equal(x, got.state_dict()[name]) for name, x in want.state_dict().items()) and len(got.state_dict()) == len(want.state_dict())
+    capsys.readouterr()
+    modrwkv.convert(tmp_path / "ckpt.pt", tmp_path / "y.pth")
+    assert "left out" in capsys.readouterr().err
+    assert all(torch.equal(x, weights[name]) for name, x in torch.load(tmp_path / "y.pth").items())
+
+
+@pytest.mark.parametrize("layout", ["fla", "WorldRWKV, pictures", "VisualRWKV 6.0"])
+def test_training_starts_from_released_files(layout, pretrained, counting, tmp_path):
+    path, _ = released(layout, tmp_path / "x.pth")
+    eyes = {"image_encoder": "patch"} if layout == "fla" else {}
+    own = ("--n_embd=128", "--head_size=64", f"--rwkv={RELEASED[layout][0]}", "--tokenizer=bytes", *(f"--{name}={value}" for name, value in eyes.items()))
+    learn(tmp_path / "out", counting, f"--init_from={path}", *own, "--max_steps=1")
+    before, after = load(path, tokenizer="bytes", **eyes), load(tmp_path / "out")
+    assert after.config == before.config
+    names = [name for name in before.state_dict() if name.startswith("head" if eyes else ("head", "adapter"))]
+    assert names and all(0 < distance(after.state_dict()[name], before.state_dict()[name]) < 0.5 for name in names)
 
 
 RIGHT = {"": {}, "--seed=-2": {"seed": -2}, "--seed 4 --beta1 1e-3": {"seed": 4, "beta1": 1e-3}, "--beta1=1": {"beta1": 1.0}}

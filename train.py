@@ -58,7 +58,7 @@ class Train:
     data: str = setting("digits", "folders of data/, .json and .jsonl files, separated by commas; a folder of data/ brings settings that suit it: SUITED")
     val_data: str = setting("", "a file of held-out records; by default the data folders' val.jsonl, or every 20th record")
     out_dir: str = setting("out", "where ckpt.pt, log.jsonl and loss.png go")
-    init_from: str = setting("", "a checkpoint whose weights to start from, ours or an official RWKV .pth")
+    init_from: str = setting("", "a checkpoint whose weights to start from: ours, or any that load reads (RWKV, fla, WorldRWKV, VisualRWKV)")
     timer_weights: str = setting("", "model.safetensors of thuml/timer-base-84m, for --series_encoder=timer")
     resume: bool = setting(False, "go on from out_dir/ckpt.pt, with the settings it was made with")
     phase: str = setting("all", "adapter: language model and pretrained encoders frozen; all: pretrained encoders frozen")
