@@ -82,8 +82,9 @@ class Config:
     head_size: int = setting(64, "channels of one head")
     tokenizer: str = setting("bytes", "bytes, gpt2, or the path of an RWKV World vocabulary (rwkv_vocab_v20230424.txt)")
     template: str = setting("world", "how turns are written as text: world, v1, v2 or v3")
-    prompt_style: str = setting("written", "where a question has its pictures: written (where its marks are), or one of PROMPT_STYLES")
+    prompt_style: str = setting("written", "where a question has its pictures: written, first, last, sandwich, before or tagged: PROMPT_STYLES")
     scan: str = setting("uni", "order in which layers read a picture's vectors: uni, bi (forward, backward) or multi (down, up: layers 3 and 4)")
+    cls: str = setting("first", "where clip and dinov2 have the vector of the whole picture: first (ModRWKV) or last (VisualRWKV); it is not scanned")
     image_encoder: str = setting("patch", "patch, or none for a model without eyes")
     audio_encoder: str = setting("none", "mel, or none for a model without ears")
     series_encoder: str = setting("none", "wavenet, timer (pretrained: see --timer_weights), or none for a model that reads no series")
@@ -301,7 +302,7 @@ def check_record(record):
 
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 PROMPT_STYLES = {  # where a question has its pictures' `marks`; ahead: all questions of the conversation
-    "written": "{question}",
+    "written": "{question}",  # where its marks are
     "first": "{marks}\n{text}",
     "last": "{text}\n{marks}",
     "sandwich": "{ahead}\n{marks}\n{text}",  # the state is ready for the picture, and the question is fresh
@@ -1164,7 +1165,7 @@ class AbsentTowers(nn.Module):
         self.width = config.encoder_width
 
     def load(self, path):
-        raise InputError(f"{path}: VisualRWKV 7.00 sees through SAM ViT-B, DINOv2-L and SigLIP-so400m at once, which are not here; its language model is")
+        raise InputError(f"{path}: VisualRWKV 7.00 sees through SAM ViT-B, DINOv2-L and SigLIP-so400m at once, which are not here; without pictures it answers")
 
 
 ENCODERS = {"image": {"patch": PatchEncoder, "dinov2+siglip+sam": AbsentTowers}, "audio": {"mel": MelEncoder}, "series": {"wavenet": WaveNet, "timer": Timer}}
@@ -1274,7 +1275,8 @@ class ModRWKV(nn.Module):
     """The language model, with an encoder and an adapter for each kind of signal."""
 
     def __init__(self, config, vocab_size=None, ranks=None, hidden=None):
-        """vocab_size, ranks of the low-rank matrices and hidden width of the FFN: read off a checkpoint, else official."""
+        """vocab_size, ranks of the low-rank matrices and hidden width of the FFN: read off a checkpoint, else official. With ranks,
+        the language model has no initial values, which take a minute for half a billion parameters: the checkpoint fills it."""
         super().__init__()
         for name in ("n_layer", "n_embd", "head_size", "image_height", "patch_height", "patch_width", "encoder_width") + (
             "conv_stride", "adapter_scale", "series_stride", "lookback", "horizon"
@@ -1283,17 +1285,19 @@ class ModRWKV(nn.Module):
                 raise InputError(f"{name}={getattr(config, name)} is not at least 1")
         if config.n_embd % config.head_size:
             raise InputError(f"n_embd={config.n_embd} is not a multiple of head_size={config.head_size}")
-        for name, known in (("rwkv", MIXERS), ("template", TEMPLATES), ("scan", SCANS), ("prompt_style", PROMPT_STYLES), ("adapter_kind", ADAPTERS)):
+        known = {"rwkv": MIXERS, "template": TEMPLATES, "scan": SCANS, "prompt_style": PROMPT_STYLES, "adapter_kind": ADAPTERS, "cls": ("first", "last")}
+        for name, known in known.items():
             if getattr(config, name) not in known:
                 raise InputError(f"{name}={getattr(config, name)} is not one of {', '.join(map(str, known))}")
         self.config = config
         V, C = vocab_size or get_tokenizer(config.tokenizer).vocab_size, config.n_embd
-        self.emb = nn.Embedding(V, C)
-        nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)
-        self.blocks = nn.ModuleList(Block(config, layer, ranks, hidden) for layer in range(config.n_layer))
-        self.ln_out = nn.LayerNorm(C)
-        self.head = nn.Linear(C, V, bias=False)
-        nn.init.orthogonal_(self.head.weight, 0.5 * max(1, V / C) ** 0.5)
+        with torch.device("meta") if ranks else contextlib.nullcontext():
+            self.emb = nn.Embedding(V, C)
+            nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)
+            self.blocks = nn.ModuleList(Block(config, layer, ranks, hidden) for layer in range(config.n_layer))
+            self.ln_out = nn.LayerNorm(C)
+            self.head = nn.Linear(C, V, bias=False)
+            nn.init.orthogonal_(self.head.weight, 0.5 * max(1, V / C) ** 0.5)
         self.encoder, self.adapter = nn.ModuleDict(), nn.ModuleDict()
         for kind in MEDIA:
             name = getattr(config, f"{kind}_encoder")
@@ -1380,6 +1384,10 @@ class ModRWKV(nn.Module):
 
     # -- fuse, forward, loss --
 
+    def cls(self, kind):
+        """Where a signal has a vector of the whole, which its encoder puts first: "first", "last", or None if it has none."""
+        return self.config.cls if getattr(self.encoder[kind], "cls", False) else None
+
     def fuse(self, samples):
         """Samples of segments to one padded batch.
 
@@ -1396,7 +1404,10 @@ class ModRWKV(nn.Module):
             if kind not in self.encoder:
                 raise InputError(f"this model has no {kind} encoder")
             signals = [data[0] if k == "forecast" else data for sample in samples for k, data in sample if source.get(k, k) == kind]
-            vectors[kind] = iter(self.adapter[kind](self.encoder[kind](signals)))
+            vectors[kind] = self.encoder[kind](signals)
+            if self.cls(kind) == "last":
+                vectors[kind] = [x.roll(-1, 0) for x in vectors[kind]]
+            vectors[kind] = iter(self.adapter[kind](vectors[kind]))
         xs, labels, pictures = [], [], []
         for sample in samples:
             x, label = [], []
@@ -1411,8 +1422,10 @@ class ModRWKV(nn.Module):
         if pictures:
             orders += [torch.arange(x.shape[1]).repeat(len(x), 1) for _ in range(SCANS[self.config.scan] - 1)]
         for i, span, data in pictures if len(orders) > 1 else ():
-            encoder = self.encoder["image"]
-            ways = scan(span, self.adapter["image"].ends(encoder.length(data)), encoder.columns(data))
+            encoder, ends = self.encoder["image"], self.adapter["image"].ends(self.encoder["image"].length(data))
+            first = self.cls("image") == "first"
+            span = span[first : -1 if self.cls("image") == "last" else None]
+            ways = scan(span, [end - first for end in ends[first:]], encoder.columns(data))
             for order, way in zip(orders[1:], ways[1:]):
                 order[i, span.start : span.stop] = torch.tensor(way)
         orders = [None] + [order.to(device) for order in orders[1:]]
@@ -1588,6 +1601,7 @@ def freeze(model, phase, names=""):
 # ----------------------------------------------------------------------------------------------
 # 9. Checkpoints
 
+# The tables of released files: their names, our names, * the same in both, - left out; the first row that fits counts.
 FLA = """
 model.embeddings.weight                    emb.weight
 model.norm.*                               ln_out.*
@@ -1611,31 +1625,38 @@ modality.world_encoder.adapter.proj.*      adapter.image.mlp.*
 modality.world_encoder.adapter.*           adapter.image.*
 modality.world_encoder.model.*             -
 """
+AUGUST = """
+proj.*                                     adapter.image.*
+encoder.model.*                            -
+llm.*                                      *
+"""
+EXPORT = """
+model.proj.*                               adapter.image.*
+model.encoder.*                            -
+""" + FLA.replace("model.", "model.llm.")
 VISUAL = """
 vit.*                                      -
 proj.*                                     adapter.image.*
 rwkv.*                                     *
 """
-LAYOUTS = [  # of released files: how a name in them begins, which none of the following has; theirs and our names, * the same in both, - left out;
-    # and what the model was trained with
-    ("modality.world_encoder.adapter.conv.bias", WORLD.replace("image", "audio"), dict(audio_encoder="wavlm", template="v1", prompt_style="before")),
-    ("modality.", WORLD, dict(image_encoder="siglip", template="v1", prompt_style="before")),
-    ("llm.", "proj.* adapter.image.*\nencoder.model.* -\nllm.* *", dict(image_encoder="siglip", template="v3", prompt_style="tagged")),
-    (
-        "model.llm.",
-        "model.proj.* adapter.image.*\nmodel.encoder.* -" + FLA.replace("model.", "model.llm."),
-        dict(image_encoder="siglip", template="v3", prompt_style="tagged"),
-    ),
+VISUAL6 = "proj.weight adapter.image.o_proj.weight" + VISUAL
+PREFIX, TAGGED = dict(template="v1", prompt_style="before"), dict(template="v3", prompt_style="tagged")
+LAYOUTS = [  # of released files: how a name in them begins (the first that is found counts), the table, and what the model was trained with
+    ("modality.world_encoder.adapter.conv.bias", WORLD.replace("image", "audio"), dict(audio_encoder="wavlm", **PREFIX)),  # WorldRWKV
+    ("modality.", WORLD, dict(image_encoder="siglip", **PREFIX)),
+    ("llm.", AUGUST, dict(image_encoder="siglip", **TAGGED)),
+    ("model.llm.", EXPORT, dict(image_encoder="siglip", **TAGGED)),
     ("model.", FLA, {}),  # flash-linear-attention
-    ("proj.gate.", VISUAL, dict(image_encoder="dinov2+siglip+sam", adapter_kind="gated", prompt_style="first")),
-    ("rwkv.", "proj.weight adapter.image.o_proj.weight" + VISUAL, dict(image_encoder="clip", adapter_kind="linear", prompt_style="sandwich", scan="bi")),
+    ("proj.gate.", VISUAL, dict(image_encoder="dinov2+siglip+sam", adapter_kind="gated", prompt_style="first")),  # VisualRWKV 7.00
+    ("rwkv.", VISUAL6, dict(image_encoder="clip", cls="last", adapter_kind="linear", prompt_style="sandwich", scan="bi")),  # VisualRWKV 6.0
     ("blocks.", "", {}),  # BlinkDL
 ]
+WIDE = {"image": "clip", "audio": "microsoft/wavlm-large"}  # of WorldRWKV's encoders, those whose vectors have 1024 channels
 
 
 def rename(name, table, back=False):
     """(our name, whether the matrix is transposed) of a name by the first row of a table that fits, or the name itself; `back`: from ours to theirs."""
-    for row in table.strip().splitlines():
+    for row in filter(None, table.splitlines()):
         old, new, *transposed = row.split()
         old, new = (new, old) if back else (old, new)
         if match := re.fullmatch(re.escape(old).replace(r"\*", "(.+)"), name):
@@ -1739,9 +1760,11 @@ def read_checkpoint(path):
         weights[new] = x.t() if transposed and torch.is_tensor(x) and x.dim() == 2 else x
     config = {"tokenizer": "rwkv_vocab_v20230424.txt", "image_encoder": "none"} | config
     size = lambda name, i: weights[name].shape[i] if torch.is_tensor(weights.get(name)) and weights[name].dim() > i else 0
-    for kind in ("image", "audio"):
+    for kind, first in (("image", "mlp.0"), ("audio", "conv")):
         if scale := size(f"adapter.{kind}.mlp.2.weight", 1) // max(1, size("emb.weight", 1)):
             config["adapter_scale"] = scale
+        if size(f"adapter.{kind}.{first}.weight", 1) == 1024:
+            config[f"{kind}_encoder"] = WIDE[kind]
     if start == "modality." and config.get("adapter_scale", 0) >= 4:  # from July 2025 on, when the template had changed
         config["template"] = "v2"
     if config["image_encoder"] != "none":
@@ -1751,8 +1774,10 @@ def read_checkpoint(path):
     if left_out:
         print(f"{path}: {len(left_out)} tensors of its encoder ({left_out[0]} ...) are left out: an encoder is read from its own folder", file=sys.stderr)
     eps, N = 1e-5, size("blocks.0.att.r_k", 1)
-    with contextlib.suppress(OSError), open(os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json"), encoding="utf-8") as f:
-        eps = float((re.findall(r'"norm_eps":\s*(\d+(?:\.\d+)?(?:e-\d+)?)', f.read()) or [eps])[0])
+    about = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")
+    if start.startswith("model.") and os.path.exists(about):
+        with open(about, encoding="utf-8", errors="replace") as f:
+            eps = float((re.findall(r'"norm_eps":\s*(\d+(?:\.\d+)?(?:e-\d+)?)', f.read()) or [eps])[0])
     if start.startswith("model.") and N and not math.isclose(N * eps, 64e-5):
         raise InputError(f"{path} does not fit: its heads of {N} channels have a norm with epsilon {N * eps:.2g}, not 64e-5 as BlinkDL's")
     return {"model": weights, "config": config, "theirs": lambda name: names.get(name) or rename(name, table, back=True)}
@@ -1780,19 +1805,19 @@ def build(data, path, **changes):
     V, config["n_embd"] = len(weights["emb.weight"]), weights[heads].numel()
     config["n_layer"] = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     config["head_size"], config["rwkv"] = weights[heads].shape[1], rwkv
-    rank = lambda name: weights[name].shape[1] if name in weights else 0
+    rank = lambda name: weights[name].shape[1] if name in weights and weights[name].dim() > 1 else 0
     ranks = {name: rank(f"blocks.{min(1, config['n_layer'] - 1) if name == 'v' else 0}.att.{name}1") for name in "wavg"}
     ranks |= {"maa": rank("blocks.0.att.time_maa_w2"), "decay": rank("blocks.0.att.time_decay_w1")}
     model = ModRWKV(Config(**config), V, ranks, weights["blocks.0.ffn.key.weight"].shape[0])
     fresh = tuple(part for both in parts.values() for part in both if not any(name.startswith(both) for name in weights))
     new = [name for name in model.state_dict() if name.startswith(fresh)]  # a language model may be given eyes or ears
     fit(model, weights, path, new, theirs)
-    return model
+    return model.float()
 
 
 def fit(model, weights, path, new=(), theirs=lambda name: (name, False)):
     """Fills the model with weights {name: tensor}, all but the `new`; raises InputError, naming what is missing or too much as the file does.
-    A model on the device "meta" takes the tensors themselves, whatever their dtype."""
+    What is on the device "meta" becomes the tensors themselves, whatever their dtype."""
     own, squeezed = model.state_dict(), lambda x: [n for n in x.shape if n > 1]  # (1, 1, C) and (C,) are the same
     shape = lambda name, x: tuple(x.shape)[:: -1 if theirs(name)[1] else 1]
     wrong = [f"{theirs(name)[0]} is missing" for name in own if name not in weights and name not in new]
@@ -1801,8 +1826,8 @@ def fit(model, weights, path, new=(), theirs=lambda name: (name, False)):
     wrong += [f"{theirs(name)[0]} has shape {shape(name, weights[name])}, not {shape(name, own[name])}" for name in misshapen]
     if wrong:
         raise InputError(f"{path} does not fit: " + "; ".join(wrong[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""))
-    meta = any(x.is_meta for x in own.values())
-    model.load_state_dict({name: x.reshape(own[name].shape) for name, x in weights.items()}, strict=not new, assign=meta)
+    weights = {name: x.reshape(own[name].shape).contiguous() for name, x in weights.items()}
+    model.load_state_dict(weights, strict=not new, assign=any(x.is_meta for x in own.values()))
 
 
 def load(path, device="cpu", **changes):
@@ -1825,9 +1850,8 @@ def convert(source, target):
     if os.path.exists(file):
         raise InputError(f"{file} exists: choose another name")
     data = read_checkpoint(source)
-    with torch.device("meta"):
-        model = build(data, source, **{f"{kind}_encoder": "none" for kind in MEDIA})
-    weights, config = model.state_dict(), model.config
+    model = build(data, source, **{f"{kind}_encoder": "none" for kind in MEDIA})
+    weights, config = {name: data["model"][name].reshape(x.shape) for name, x in model.state_dict().items()}, model.config
     signals = {name: x for name, x in data["model"].items() if name.startswith(("encoder.", "adapter.", "forecast_head."))}
     if kind == ".pt":
         names = {name: value for name, value in data["config"].items() if name.endswith("_encoder")}

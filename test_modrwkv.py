@@ -1730,6 +1730,7 @@ def test_checkpoints_from_elsewhere(tmp_path, content, reason):
 
 
 SIZED = ["emb.weight", "blocks.0.att.r_k", "blocks.0.att.w1", "blocks.0.ffn.key.weight"]  # where a model's sizes are read off
+NARROW = ["blocks.0.att.g1", "blocks.0.att.a1", "blocks.1.att.v1"]
 MATRICES = ["head.weight", "blocks.1.att.w2", "blocks.1.ffn.value.weight", "adapter.image.mlp.0.weight"]
 VECTORS = ["blocks.0.att.x_r", "blocks.0.att.ln_x.weight", "ln_out.bias"]
 LOST = ["head.weight", "blocks.0.ln0.weight", "blocks.0.att.a1", "blocks.0.att.g2", "blocks.1.att.v1", "blocks.1.att.v0"]
@@ -1740,7 +1741,7 @@ CHANGES = {
     "too much": (lambda x: torch.ones(3), ADDED),
     "longer": (lambda x: torch.cat([x, x], -1), MATRICES + VECTORS),
     "transposed": (lambda x: x.mT.contiguous(), MATRICES),
-    "flat": (lambda x: x.flatten(), SIZED),
+    "flat": (lambda x: x.flatten(), SIZED + NARROW),
     "a number": (lambda x: 5, SIZED),
 }
 
@@ -1853,7 +1854,7 @@ RELEASED = {  # layout: generation, the file of an official one's tensors, what 
     ),
     "VisualRWKV 6.0": (
         6, lambda z: under("rwkv.", z) | {"proj.weight": PROJ} | ones("vit.vision_model.x"),
-        dict(image_encoder="clip", conv_kernel=0, adapter_kind="linear", prompt_style="sandwich", scan="bi"), lambda x: x @ PROJ.T,
+        dict(image_encoder="clip", conv_kernel=0, adapter_kind="linear", prompt_style="sandwich", scan="bi", cls="last"), lambda x: x @ PROJ.T,
     ),
     "VisualRWKV 7.00": (
         7, lambda z: under("rwkv.", z) | under("proj.", GATED) | ones("vit.dino_featurizer.x"),
@@ -1975,6 +1976,39 @@ def test_where_several_pictures_go_before_a_turn_and_in_tags():
     kinds = [(kind, data) if kind == "image" or data[0] > 9999 else kind for kind, data in ask("tagged", ("Is <image> like <image>?", None))]
     open, close = ("text", [65530]), ("text", [65531])
     assert kinds == ["text", open, ("image", "A"), close, open, ("image", "B"), close, "text"]
+
+
+@pytest.mark.parametrize("cls,scan", itertools.product(("first", "last"), ("bi", "multi")))
+@torch.no_grad()
+def test_the_vector_of_the_whole_picture_is_not_scanned(cls, scan, monkeypatch):
+    """Against blocks that are given the patches turned round, and the other vectors where they are."""
+    monkeypatch.setitem(modrwkv.ENCODERS["image"], "clip", type("Whole", (Pretrained,), {"cls": True}))
+    config = dataclasses.replace(SMALL, image_encoder="clip", adapter_kind="linear", conv_kernel=0, n_layer=4, scan=scan, cls=cls)
+    model = randomise(ModRWKV(config)).double()
+    vectors = torch.randn(7, WIDTH, generator=torch.Generator().manual_seed(1)).double()  # the whole picture, then two rows of three patches
+    got, _ = model([[text("ab"), ("image", vectors), text("cd")]])
+    whole, patches = (model.adapter["image"].o_proj(x) for x in vectors.split([1, 6]))
+    before, after = (model.emb(torch.tensor(codes(string))) for string in ("ab", "cd"))
+    before, after = (torch.cat([before, whole]), after) if cls == "first" else (before, torch.cat([whole, after]))
+    x, v_first = torch.cat([before, patches, after])[None], None
+    turns = ([0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [0, 3, 1, 4, 2, 5], [5, 2, 4, 1, 3, 0])
+    for block, turn in zip(model.blocks, (turns if scan == "multi" else turns[:2]) * 2):
+        order = [*range(len(before)), *(len(before) + i for i in turn), *range(len(before) + 6, x.shape[1])]
+        y, v, _ = block(x[:, order], None if v_first is None else v_first[:, order], (None, None, None), None)
+        x = torch.empty_like(x)
+        x[:, order] = y
+        if v_first is None:
+            v_first = torch.empty_like(v)
+            v_first[:, order] = v
+    assert distance(got, model.head(model.ln_out(x))) < 1e-9
+
+
+@pytest.mark.parametrize("kind,encoder", [("image", "clip"), ("audio", "microsoft/wavlm-large")])
+def test_encoders_of_released_files_are_told_by_their_width(kind, encoder, tmp_path):
+    adapter = mlp(64, 2, 1024 if kind == "image" else 128, "proj", norm=kind == "image")
+    adapter |= {"conv.weight": torch.ones(128, 1024, 3), "conv.bias": torch.ones(128)} if kind == "audio" else {}
+    torch.save(official_weights(1, 64) | under("modality.world_encoder.adapter.", adapter), tmp_path / "x.pth")
+    assert modrwkv.read_checkpoint(tmp_path / "x.pth")["config"][f"{kind}_encoder"] == encoder
 
 
 def test_towers_that_are_not_here(tmp_path):
