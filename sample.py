@@ -47,6 +47,10 @@ class Sample:
     seed: int = setting(1, "of the choices")
     batch_size: int = setting(64, "questions answered at once with --eval")
     tokenizer: str = setting("", "instead of the checkpoint's, e.g. rwkv_vocab_v20230424.txt for an official .pth")
+    template: str = setting("", "instead of the checkpoint's: world, v1, v2 or v3")
+    prompt_style: str = setting("", "instead of the checkpoint's: written, first, last, sandwich, before or tagged")
+    image_encoder: str = setting("", "instead of the checkpoint's, e.g. the folder of a pretrained one, or none")
+    audio_encoder: str = setting("", "instead of the checkpoint's, e.g. the folder of a pretrained one, or none")
     device: str = setting("auto", "auto, cpu, cuda, mps")
 
 
@@ -285,7 +289,8 @@ def main(argv=None):
         raise InputError(f"--batch_size={s.batch_size} is not at least 1")
     if not os.path.exists(s.out_dir):
         raise InputError(f"no checkpoint at {s.out_dir}: train one with python train.py --out_dir={s.out_dir}, or name another with --out_dir")
-    model = load(s.out_dir, find_device(s.device), **({"tokenizer": s.tokenizer} if s.tokenizer else {}))
+    own = {name: getattr(s, name) for name in ("tokenizer", "template", "prompt_style", "image_encoder", "audio_encoder")}
+    model = load(s.out_dir, find_device(s.device), **{name: value for name, value in own.items() if value})
     how = dict(max_new_tokens=s.max_new_tokens, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, seed=s.seed)
 
     if s.eval.endswith(".csv"):

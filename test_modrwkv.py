@@ -2132,6 +2132,16 @@ def test_released_models_convert_to_ours(layout, pretrained, tmp_path, capsys):
     assert all(torch.equal(x, weights[name]) for name, x in torch.load(tmp_path / "y.pth").items())
 
 
+def test_a_released_file_is_sampled_from_as_the_flags_say(tmp_path, monkeypatch):
+    path, _ = released("WorldRWKV, pictures", tmp_path / "x.pth")
+    asked = Mock(side_effect=modrwkv.conversation)
+    monkeypatch.setattr(modrwkv, "conversation", asked)
+    own = {"tokenizer": "bytes", "template": "v3", "prompt_style": "last", "image_encoder": "none"}
+    said(sample.main, f"--out_dir={path}", "--prompt=Hi", "--max_new_tokens=2", *(f"--{name}={value}" for name, value in own.items()))
+    config = dataclasses.asdict(asked.call_args.args[0])
+    assert own.items() <= config.items() and config["adapter_scale"] == 2
+
+
 @pytest.mark.parametrize("layout", ["fla", "WorldRWKV, pictures", "VisualRWKV 6.0"])
 def test_training_starts_from_released_files(layout, pretrained, counting, tmp_path):
     path, _ = released(layout, tmp_path / "x.pth")
