@@ -2001,6 +2001,9 @@ def test_the_vector_of_the_whole_picture_is_not_scanned(cls, scan, monkeypatch):
             v_first = torch.empty_like(v)
             v_first[:, order] = v
     assert distance(got, model.head(model.ln_out(x))) < 1e-9
+    config = dataclasses.replace(config, conv_kernel=2, conv_stride=2)  # windows end on the whole picture and the patches 1, 3, 5; or on 0, 2, 4 and it
+    *_, orders = ModRWKV(config).double().fuse([[("image", vectors)]])
+    assert scan == "bi" or orders[2].tolist() == [[0, 2, 1, 3]]  # by columns: the patches 3, 1, 5 behind it; or 0, 4, 2 before it
 
 
 @pytest.mark.parametrize("kind,encoder", [("image", "clip"), ("audio", "microsoft/wavlm-large")])
