@@ -1567,16 +1567,16 @@ def pick(logits, temperature, top_k, top_p, generator):
 # 8. Optimizer
 
 
-def parameter_groups(model, weight_decay):
-    """AdamW groups as the official ones ([4], configure_optimizers): decay on matrices named `.weight` only,
-    twice the learning rate on the decays, att.w0 and att.time_decay. Each group's learning rate is to be multiplied by its "lr_scale"."""
+def parameter_groups(model, weight_decay, decay_lr=2.0):
+    """AdamW groups as the official ones ([4], configure_optimizers): weight decay on matrices named `.weight` only, twice
+    the learning rate (decay_lr) on att.w0 and att.time_decay. Each group's learning rate is to be multiplied by its "lr_scale"."""
     groups = {"decay": [], "w0": [], "rest": []}
     for name, p in model.named_parameters():
         matrix = name.endswith(".weight") and sum(n > 1 for n in p.shape) >= 2
         groups["w0" if name.endswith(("att.w0", "att.time_decay")) else "decay" if matrix else "rest"].append(p)
     return [
         {"params": groups["decay"], "weight_decay": weight_decay, "lr_scale": 1.0},
-        {"params": groups["w0"], "weight_decay": 0.0, "lr_scale": 2.0},
+        {"params": groups["w0"], "weight_decay": 0.0, "lr_scale": decay_lr},
         {"params": groups["rest"], "weight_decay": 0.0, "lr_scale": 1.0},
     ]
 

@@ -21,7 +21,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
+import zipfile
 from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -913,6 +915,7 @@ def test_optimizer_groups():
     assert sorted(sum(found, [])) == sorted(names.values())  # none lost, none twice
     assert [g["weight_decay"] for g in groups] == [0.1, 0.0, 0.0]
     assert [g["lr_scale"] for g in groups] == [1.0, 2.0, 1.0]
+    assert [g["lr_scale"] for g in modrwkv.parameter_groups(model, 0.1, 1.0)] == [1.0, 1.0, 1.0]
 
 
 # ---------------------------------------------------------------------------------------------- pictures: encoder, Conv1D and adapter
@@ -2544,6 +2547,306 @@ def test_spoken_digits_from_a_bad_folder(voices, tmp_path, monkeypatch):
         with pytest.raises(SystemExit, match="^error: .*"):
             prepare(monkeypatch, "spoken_digits", *args, f"--out={tmp_path}")
     assert not list(tmp_path.glob("*.jsonl"))
+
+
+def complains(monkeypatch, words, name, *args):
+    """The one sentence by which prepare.py ends, which has these words."""
+    with pytest.raises(SystemExit) as e:
+        prepare(monkeypatch, name, *args)
+    message = str(e.value)
+    assert message.startswith("error: ") and "\n" not in message and not [word for word in words if word not in message]
+
+
+pairs = lambda path: [(r.get("image"), *modrwkv.record_turns(r)) for r in read_records(path)]
+everything = lambda folder: read_records(folder / "train.jsonl") + read_records(folder / "val.jsonl")
+
+
+@pytest.fixture
+def llava(tmp_path):
+    """A small imitation of what LLaVA publishes: 40 captions with their images.zip, and a mix whose pictures lie in five folders."""
+    captions = [talk("<image>\nDescribe it.", f"Thing {i}.", id=f"{i:09}", image=f"{i:05}/{i:09}.jpg") for i in range(40)]
+    (tmp_path / "blip_laion_cc_sbu_558k.json").write_text(json.dumps(captions))
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as z:
+        for r in captions:
+            z.writestr(r["image"], b"a picture")
+    places = ["coco/train2017", "gqa/images", "ocr_vqa/images", "textvqa/train_images", "vg/VG_100K_2"]
+    mix = []
+    for place in places:
+        (tmp_path / "mix" / place).mkdir(parents=True)
+        for i in range(8):
+            (tmp_path / "mix" / place / f"{i}.jpg").write_bytes(b"a picture")
+            mix += [talk("<image>\nWhat is it?", f"{place} {i}", id=f"{i}", image=f"{place}/{i}.jpg") for _ in range(2)]  # two conversations each
+    short = f"\n{modrwkv.SHORT_ANSWER}"
+    mix += [talk(f"<image>\nOne?{short}", "1", "Two?", "2", "Three?", "3", "Four?", id="long", image="coco/train2017/0.jpg")]
+    mix += [talk("No mark?", "none", "<image> and <image>?", "two", id="marks", image="gqa/images/0.jpg")]
+    mix += [talk("How do I write <audio> and <image> in HTML?", "So: <audio>.", "", " ", id="html", model="")]  # an empty answer
+    mix += [{"id": "odd", "conversations": [{"from": "gpt", "value": "unasked"}, *talk("unanswered?")["conversations"], *talk("q", "a")["conversations"]]}]
+    mix += [talk("never answered", id="silent")]
+    (tmp_path / "llava_v1_5_mix665k.json").write_text(json.dumps(mix))
+    return tmp_path
+
+
+def test_llava_pairs_from_the_published_zip(llava, tmp_path, monkeypatch):
+    args = ("llava", llava / "blip_laion_cc_sbu_558k.json", f"--images={llava / 'images.zip'}", "--val=4")
+    prepare(monkeypatch, *args, f"--out={tmp_path / 'a'}")
+    parts = [read_records(tmp_path / "a" / f"{name}.jsonl") for name in ("train", "val")]
+    assert [len(part) for part in parts] == [36, 4]
+    assert {r["id"] for part in parts for r in part} == {f"{i:09}" for i in range(40)}
+    for r in sum(parts, []):
+        [(kind, path)] = modrwkv.record_media(r)
+        assert Path(path).read_bytes() == b"a picture" and path.endswith(f"{r['id']}.jpg")
+        assert modrwkv.record_turns(r) == [("<image>\nDescribe it.", f"Thing {int(r['id'])}.")]
+    first = {name: (tmp_path / "a" / name).read_bytes() for name in ("train.jsonl", "val.jsonl")}
+    prepare(monkeypatch, "llava", llava / "blip_laion_cc_sbu_558k.json", f"--images={tmp_path / 'a/images'}", "--val=4", f"--out={tmp_path / 'a'}")
+    assert first == {name: (tmp_path / "a" / name).read_bytes() for name in first}
+    (tmp_path / "cut.zip").write_bytes((llava / "images.zip").read_bytes()[:-40])
+    complains(monkeypatch, ["cut.zip", "cut short"], "llava", args[1], f"--images={tmp_path / 'cut.zip'}", f"--out={tmp_path / 'b'}")
+    (tmp_path / "no.json").write_text('[{"image": "x.jpg"}]')
+    complains(monkeypatch, ["no.json, record 1", "conversations"], "llava", tmp_path / "no.json", f"--out={tmp_path / 'b'}")
+    complains(monkeypatch, ["none.json"], "llava", tmp_path / "none.json", f"--out={tmp_path / 'b'}")
+    assert not list((tmp_path / "b").glob("*.jsonl"))
+
+
+def test_llava_mix_is_mended_and_what_is_missing_is_named(llava, tmp_path, monkeypatch, capsys):
+    args = ("llava", llava / "llava_v1_5_mix665k.json", f"--images={llava / 'mix'}", "--val=5", f"--out={tmp_path / 'out'}")
+    prepare(monkeypatch, *args)
+    assert ", 2 of them text alone\nleft out: 6 turns without an answer, 0 records" in capsys.readouterr().out
+    records = everything(tmp_path / "out")
+    of = lambda name: modrwkv.record_turns(next(r for r in records if r["id"] == name))
+    short = f"\n{modrwkv.SHORT_ANSWER}"
+    assert len(records) == 84 and not [r for r in records if r["id"] == "silent"]
+    assert of("long") == [(f"<image>\nOne?{short}", "1"), ("Two?", "2"), ("Three?", "3")]
+    assert of("marks") == [("No mark?", "none"), ("<image> and <image >?", "two")]
+    assert of("html") == [("How do I write <audio > and <image > in HTML?", "So: <audio>.")] and of("odd") == [("q", "a")]
+    places = [{r["image"] for r in read_records(tmp_path / "out" / f"{name}.jsonl") if r["image"]} for name in ("train", "val")]
+    assert not places[0] & places[1] and len(places[0] | places[1]) == 40  # no picture of val is known from train
+    prepare(monkeypatch, *args, "--max_rounds=2", "--skip_text")
+    records = everything(tmp_path / "out")
+    assert len(records) == 83 and all(r["image"] for r in records)
+    assert of("long-2") == [(f"<image>\nThree?{short}", "3")] and of("marks") == [("No mark?", "none"), ("<image> and <image >?", "two")]
+    prepare(monkeypatch, *args, "--max_rounds=1", "--skip_text")
+    records = everything(tmp_path / "out")
+    assert of("marks") == [("<image>\nNo mark?", "none")] and of("marks-1") == [("<image> and <image >?", "two")]
+    for i in range(2):
+        (llava / f"mix/ocr_vqa/images/{i}.jpg").unlink()
+    complains(monkeypatch, ["2 of 40 pictures", "ocr_vqa/images/0.jpg", "--skip_missing"], *args)
+    assert everything(tmp_path / "out") == records  # what was there stays
+    prepare(monkeypatch, *args, "--skip_missing")
+    assert "4 records whose picture is missing" in capsys.readouterr().out and len(everything(tmp_path / "out")) == 80
+
+
+def hum(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    soundfile.write(path, np.sin(np.arange(800) / 9) / 2, 16000)
+
+
+def packed(folder, archive, *names):
+    with tarfile.open(archive, "w:gz") as tar:
+        for name in names:
+            tar.add(folder / name, name)
+    return archive
+
+
+def transcripts(folder, name):
+    """[(id, task, transcript)] of a data set of speech, each with its sound."""
+    found = []
+    for r in read_records(folder / f"{name}.jsonl"):
+        [(question, text)], [(kind, path)] = modrwkv.record_turns(r), modrwkv.record_media(r)
+        assert question == "<audio>" and kind == "audio" and Path(path).stem == r["id"] and len(read_sound(path, 16000)) == 800
+        found.append((r["id"], r["task"], text))
+    return found
+
+
+@pytest.fixture
+def libri(tmp_path):
+    for part, speaker, chapter in (("train-clean-100", 19, 198), ("train-other-500", 20, 205), ("dev-clean", 84, 121123), ("test-other", 367, 130732)):
+        folder = tmp_path / "LibriSpeech" / part / str(speaker) / str(chapter)
+        for i in range(2):
+            hum(folder / f"{speaker}-{chapter}-{i:04}.flac")
+        (folder / f"{speaker}-{chapter}.trans.txt").write_text("".join(f"{speaker}-{chapter}-{i:04} DON'T STOP {part.upper()}\n" for i in range(2)))
+    (tmp_path / "LibriSpeech/SPEAKERS.TXT").write_text("19 | F | train-clean-100 | 25.19 | Kara Shallenberg\n")
+    return tmp_path
+
+
+def test_librispeech_from_folders_and_archives(libri, tmp_path, monkeypatch):
+    prepare(monkeypatch, "librispeech", libri / "LibriSpeech", f"--out={tmp_path / 'a'}")
+    assert transcripts(tmp_path / "a", "train") == [
+        (f"{chapter}-000{i}", part, f"don't stop {part}") for chapter, part in (("19-198", "train-clean-100"), ("20-205", "train-other-500")) for i in range(2)
+    ]
+    assert {task for _, task, _ in transcripts(tmp_path / "a", "val")} == {"dev-clean"}
+    assert {task for _, task, _ in transcripts(tmp_path / "a", "test")} == {"test-other"}
+    parts = ["train-clean-100", "train-other-500", "dev-clean", "test-other"]
+    archives = [packed(libri, tmp_path / f"{part}.tar.gz", f"LibriSpeech/{part}") for part in parts]
+    prepare(monkeypatch, "librispeech", *archives, f"--out={tmp_path / 'b'}")
+    for name in ("train", "val", "test"):
+        assert transcripts(tmp_path / "b", name) == transcripts(tmp_path / "a", name)
+    cut = tmp_path / "cut.tar.gz"
+    cut.write_bytes(archives[0].read_bytes()[:-200])
+    complains(monkeypatch, ["cut.tar.gz", "cut short"], "librispeech", cut, f"--out={tmp_path / 'c'}")
+    complains(monkeypatch, ["none.tar.gz"], "librispeech", tmp_path / "none.tar.gz", f"--out={tmp_path / 'c'}")
+    complains(monkeypatch, ["trans.txt"], "librispeech", tmp_path / "c", f"--out={tmp_path / 'c'}")
+    assert not list((tmp_path / "c").iterdir())
+    gone = next((libri / "LibriSpeech").rglob("84-*-0001.flac"))
+    gone.unlink()
+    complains(monkeypatch, ["1 of 8 sounds", str(gone), "--skip_missing"], "librispeech", libri / "LibriSpeech", f"--out={tmp_path / 'c'}")
+    prepare(monkeypatch, "librispeech", libri / "LibriSpeech", "--skip_missing", f"--out={tmp_path / 'c'}")
+    assert len(transcripts(tmp_path / "c", "val")) == 1 and len(transcripts(tmp_path / "c", "train")) == 4
+
+
+@pytest.fixture
+def aishell(tmp_path):
+    """As published: the transcript, and an archive for each speaker."""
+    folder, lines = tmp_path / "data_aishell", []
+    (folder / "transcript").mkdir(parents=True), (folder / "wav").mkdir()
+    for part, speaker in (("train", "S0002"), ("dev", "S0724"), ("test", "S0764")):
+        for i in range(3):
+            hum(tmp_path / f"plain/{part}/{speaker}/BAC009{speaker}W012{i}.wav")
+            lines.append(f"BAC009{speaker}W012{i} 而 对 楼市 成交 {speaker}\n" if i < 2 else "")  # there are sounds without a transcript
+        packed(tmp_path / "plain", folder / f"wav/{speaker}.tar.gz", f"{part}/{speaker}")
+    (folder / "transcript/aishell_transcript_v0.8.txt").write_text("".join(lines), encoding="utf-8")
+    return tmp_path
+
+
+def test_aishell_from_its_folder_and_archive(aishell, tmp_path, monkeypatch, capsys):
+    archive = packed(aishell, tmp_path / "data_aishell.tgz", "data_aishell")
+    prepare(monkeypatch, "aishell", archive, f"--out={tmp_path / 'a'}")
+    assert "3 sounds that the transcript does not know" in capsys.readouterr().out
+    for name, part, speaker in (("train", "train", "S0002"), ("val", "dev", "S0724"), ("test", "test", "S0764")):
+        assert transcripts(tmp_path / "a", name) == [(f"BAC009{speaker}W012{i}", part, f"而对楼市成交{speaker}") for i in range(2)]
+    prepare(monkeypatch, "aishell", aishell / "data_aishell", f"--out={tmp_path / 'b'}")  # its speakers still packed
+    shutil.copytree(tmp_path / "plain", aishell / "data_aishell/wav", dirs_exist_ok=True)
+    prepare(monkeypatch, "aishell", aishell / "data_aishell", f"--out={tmp_path / 'c'}")  # and unpacked
+    assert not (tmp_path / "c/wav").exists()
+    for name, place in itertools.product(("train", "val", "test"), "bc"):
+        assert transcripts(tmp_path / place, name) == transcripts(tmp_path / "a", name)
+    (aishell / "data_aishell/wav/dev/S0724/BAC009S0724W0121.wav").unlink()
+    complains(monkeypatch, ["1 of 6 sounds", "BAC009S0724W0121.wav"], "aishell", aishell / "data_aishell", f"--out={tmp_path / 'd'}")
+    prepare(monkeypatch, "aishell", aishell / "data_aishell", "--skip_missing", f"--out={tmp_path / 'd'}")
+    assert len(transcripts(tmp_path / "d", "val")) == 1
+    (tmp_path / "cut.tgz").write_bytes(archive.read_bytes()[:-200])
+    complains(monkeypatch, ["cut.tgz", "cut short"], "aishell", tmp_path / "cut.tgz", f"--out={tmp_path / 'e'}")
+    complains(monkeypatch, ["aishell_transcript_v0.8.txt"], "aishell", tmp_path / "plain", f"--out={tmp_path / 'e'}")
+    assert not list((tmp_path / "e").iterdir())
+
+
+def test_gift_eval_folders_become_series(tmp_path, monkeypatch, capsys):
+    pa = pytest.importorskip("pyarrow")
+
+    def published(folder, targets, name="data-00000-of-00001.arrow"):
+        (tmp_path / "gift" / folder).mkdir(parents=True, exist_ok=True)
+        kind = pa.list_(pa.list_(pa.float32()) if isinstance(targets[0][0], list) else pa.float32())
+        ids = [f"T{i}" for i in range(len(targets))]
+        table = pa.table({"item_id": ids, "start": [0] * len(ids), "freq": ["H"] * len(ids), "target": pa.array(targets, kind)})
+        with pa.OSFile(str(tmp_path / "gift" / folder / name), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        (tmp_path / "gift" / folder / "state.json").write_text("{}")
+
+    wave = lambda n, k: [round(math.sin(i / 7) * k + k, 3) for i in range(n)]
+    published("solar/H", [wave(300, k) for k in range(1, 31)])
+    published("solar/H", [wave(300, k) for k in range(1, 31)], "cache-1318815c7ce7bc45.arrow")  # as some are published beside their data
+    published("long/D", [[None, *wave(2000, 40)]])
+    published("two/T", [[wave(250, 50), wave(250, 51)]] * 25)  # two variables a record
+    published("short/D", [wave(100, 60), [7.0] * 400])
+    for own in ("ett1/15T", "ett2/W", "electricity/H", "jena_weather/10T", "LOOP_SEATTLE/5T", "SZ_TAXI/15T", "traffic_hourly"):
+        published(own, [wave(300, 99)])
+    prepare(monkeypatch, "gift_eval", tmp_path / "gift", "--length=1000", f"--out={tmp_path / 'out'}")
+    said = capsys.readouterr().out
+    assert "LOOP_SEATTLE, SZ_TAXI, electricity, ett1, ett2, jena_weather, traffic" in said and "2 left out as too short" in said
+    train, val = (read_records(tmp_path / "out" / f"{name}.jsonl") for name in ("train", "val"))
+    strength = lambda r: round(max(x for x in r["target"] if x is not None) / 2)
+    assert Counter(map(strength, train + val)) == Counter(range(1, 31)) | {40: 3, 50: 25, 51: 25}
+    [*long] = [r["target"] for r in train + val if strength(r) == 40]
+    assert [len(x) for x in long] == [667] * 3 and sum(long, []) == [None, *wave(2000, 40)]
+    assert next(r for r in train if strength(r) == 7)["target"] == wave(300, 7)
+    [sides] = {tuple(map(strength, val))}
+    assert len(set(sides)) == 3 + 1 and sides.count(50) == sides.count(51) == 1  # every 20th of 56 records, with all its variables and pieces
+    first = contents(tmp_path / "out")
+    prepare(monkeypatch, "gift_eval", tmp_path / "gift", "--length=1000", f"--out={tmp_path / 'out'}")
+    assert contents(tmp_path / "out") == first
+    prepare(monkeypatch, "gift_eval", tmp_path / "gift", "--most=10", f"--out={tmp_path / 'out'}")
+    assert len(everything(tmp_path / "out")) == 10 + 2 + 10
+    broken = tmp_path / "gift/solar/H/data-00000-of-00001.arrow"
+    broken.write_bytes(broken.read_bytes()[:700])
+    complains(monkeypatch, [str(broken)], "gift_eval", tmp_path / "gift", f"--out={tmp_path / 'none'}")
+    complains(monkeypatch, ["too few"], "gift_eval", tmp_path / "gift/short", f"--out={tmp_path / 'none'}")
+    assert not list((tmp_path / "none").glob("*.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["llava", "librispeech", "aishell", "gift_eval", "spoken_digits"])
+def test_data_that_is_made_from_files_of_ones_own_says_so(name, tmp_path, monkeypatch, capfd):
+    shutil.copytree(REPO / "data", tmp_path / "data", ignore=lambda _, names: [n for n in names if Path(n).suffix == ".jsonl" or n in ("train", "val")])
+    monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))
+    assert f"python data/{name}/prepare.py --help" in refusal(train.find_data, name, "")
+    assert "the following arguments are required" in capfd.readouterr().err
+
+
+README = (REPO / "README.md").read_text(encoding="utf-8").replace("\\\n", "").split("## The papers' recipes")[1].split("\n## ")[0]
+RECIPES = [shlex.split(line.split("train.py")[1]) for line in README.splitlines() if line.startswith("torchrun")]
+THEIRS = "feature_cache", "adapter_kind", "cls"  # flags that are not there yet
+PUBLISHED = {  # samples in the published data or in the papers' runs, and their learning rate: highest, last
+    "see1": (595_375, 1e-3, 0), "see2": (665_298 - 40_688, 2e-5, 0), "hear1": (281_241, 1e-4, 1e-4), "hear2": (281_241, 1e-4, 5e-5),
+    "forecast": (441_725, 1e-4, 0), "look1": (576_000, 1e-3, 1e-5), "look2": (1_280_000, 2e-5, 2e-5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe[-1])
+def test_recipes_of_the_readme_say_what_the_papers_do(recipe):
+    given = [flag for flag in recipe if flag.split("=")[0].lstrip("-") not in THEIRS]
+    s, config, names = sample.flags("about", train.Train, Config, argv=given)
+    assert len(names) == len(given)
+    n, highest, last = PUBLISHED[s.out_dir]
+    assert abs(s.max_steps * s.batch_size - n) < s.batch_size
+    rates = [train.learning_rate(step, s) for step in range(s.max_steps)]
+    assert max(rates) == pytest.approx(highest, rel=1e-5) and rates[-1] == pytest.approx(last, abs=1e-12)
+    assert rates[0] == pytest.approx(highest / max(1, s.warmup_steps), rel=1e-5)  # from the first step on, unless it warms up
+
+
+def test_commands_of_the_readme_are_all_there():
+    lines = [line for line in README.splitlines() if line.startswith("python data/")]
+    assert len(lines) == 7 and [f"--out_dir={name}" for name in PUBLISHED] == [recipe[-1] for recipe in RECIPES]
+    for line in lines:
+        script, *args = shlex.split(line, comments=True)[1:]
+        assert all(f'"{arg.split("=")[0]}"' in (REPO / script).read_text(encoding="utf-8") for arg in args if arg.startswith("--"))
+
+
+@pytest.fixture(scope="session")
+def rwkv6(tmp_path_factory):
+    """A tiny RWKV-6 in the official layout, and a vocabulary of single bytes in that of RWKV World."""
+    folder = tmp_path_factory.mktemp("rwkv6")
+    model = randomise(ModRWKV(Config(rwkv=6, n_layer=2, n_embd=64, head_size=32, image_encoder="none"), vocab_size=300))
+    torch.save(model.state_dict(), folder / "x.pth")
+    (folder / "vocab.txt").write_text("".join(f"{b + 1} {bytes([b])!r} 1\n" for b in range(256)) + r"261 '\n\n' 2")
+    return folder
+
+
+def test_two_stages_by_the_flags_of_the_readme(llava, rwkv6, tmp_path, monkeypatch):
+    """VisualRWKV's, at another size and with patches for eyes."""
+    for path in llava.rglob("*.jpg"):
+        noise(32, 32).save(path)
+    prepare(monkeypatch, "llava", llava / "llava_v1_5_mix665k.json", f"--images={llava / 'mix'}", "--val=3", "--max_rounds=2", f"--out={tmp_path / 'x'}")
+    others = {"data": tmp_path / "x", "image_encoder": "patch", "tokenizer": rwkv6 / "vocab.txt", "max_steps": 2, "batch_size": 4, "dtype": "float32"}
+    others |= {"init_from": rwkv6 / "x.pth"}
+    weights = [torch.load(others["init_from"])]
+    for recipe in RECIPES[-2:]:
+        flags = dict(flag.lstrip("-").split("=", 1) for flag in recipe if flag.split("=")[0].lstrip("-") not in THEIRS)
+        out = tmp_path / flags["out_dir"]
+        flags |= {name: value for name, value in others.items() if name in flags} | {"out_dir": out}
+        said(train.main, *(f"--{name}={value}" for name, value in flags.items()), "--eval_samples=1", "--device=cpu")
+        ckpt = torch.load(out / "ckpt.pt")
+        weights, others["init_from"] = [*weights, ckpt["model"]], out / "ckpt.pt"
+        assert ckpt["config"]["prompt_style"] == flags["prompt_style"] and ckpt["config"]["scan"] == "bi" and ckpt["config"]["rwkv"] == 6
+        assert len({group["lr"] for group in ckpt["optimizer"]["param_groups"]}) == 1  # the decays' is the others'
+    start, one, two = weights
+    assert all(torch.equal(one[name], x) for name, x in start.items())  # stage 1 leaves the language model as it is
+    assert [name for name in start if torch.equal(two[name], one[name])] == ["emb.weight"]  # stage 2 leaves the embedding
+    assert not [name for name in one if name.startswith("adapter.image") and torch.equal(two[name], one[name])]
+
+
+def test_data_from_any_folder_of_train_and_val(counting, tmp_path):
+    for name in ("train", "val"):
+        shutil.copy(counting[0], tmp_path / f"{name}.jsonl")
+    assert train.find_data(str(tmp_path), "") == ([str(tmp_path / "train.jsonl")], [str(tmp_path / "val.jsonl")])
+    assert train.find_data(f"{tmp_path},{counting[0]}", "x.jsonl") == ([str(tmp_path / "train.jsonl"), str(counting[0])], ["x.jsonl"])
 
 
 # ---------------------------------------------------------------------------------------------- train.py

@@ -55,7 +55,7 @@ from sample import ask, errors, find_device, flags, report, score
 class Train:
     """training"""
 
-    data: str = setting("digits", "folders of data/, .json and .jsonl files, separated by commas; a folder of data/ brings settings that suit it: SUITED")
+    data: str = setting("digits", "folders of data/ or others with train.jsonl and val.jsonl, and .json and .jsonl files, separated by commas; see SUITED")
     val_data: str = setting("", "a file of held-out records; by default the data folders' val.jsonl, or every 20th record")
     out_dir: str = setting("out", "where ckpt.pt, log.jsonl and loss.png go")
     init_from: str = setting("", "a checkpoint whose weights to start from: ours, or any that load reads (RWKV, fla, WorldRWKV, VisualRWKV)")
@@ -76,6 +76,7 @@ class Train:
     warmup_steps: int = setting(50, "steps from zero to the peak learning rate")
     decay_fraction: float = setting(0.5, "part of the steps in which wsd decays")
     weight_decay: float = setting(0.1, "on matrices only")
+    decay_lr: float = setting(2.0, "learning rate of the decays (att.w0, att.time_decay), in units of the others'; 1 in both papers' code")
     beta1: float = setting(0.9, "AdamW's first decay rate")
     beta2: float = setting(0.99, "AdamW's second decay rate")
     adam_eps: float = setting(1e-18, "AdamW's epsilon")
@@ -100,7 +101,9 @@ SUITED = {  # settings that suit an embedded data set, unless they are given; of
     "spoken_digits": dict(image_encoder="none", audio_encoder="mel"),
     "series": dict(image_encoder="none", series_encoder="wavenet", encoder_width=48, n_layer=3),
     "shakespeare": dict(image_encoder="none"),
+    "llava": dict(image_height=64, patch_height=16, patch_width=16, image_trim=False),
 }
+SUITED |= {"librispeech": SUITED["morse"], "aishell": SUITED["morse"], "gift_eval": SUITED["series"]}
 
 
 def find_data(names, val):
@@ -109,16 +112,19 @@ def find_data(names, val):
     known = sorted(d for d in os.listdir(here) if os.path.exists(os.path.join(here, d, "prepare.py")))
     paths, held_out = [], [val] if val else []
     for name in names.split(","):
-        if name not in known:
-            if os.path.splitext(name)[1] not in (".json", ".jsonl"):
-                raise InputError(f"--data={name} is neither a .json or .jsonl file nor one of {', '.join(known)}")
-            paths.append(name)
-            continue
-        folder = os.path.join(here, name)
+        folder = os.path.join(here, name) if name in known else name
         files = [os.path.join(folder, f"{part}.jsonl") for part in ("train", "val")]
         if not all(map(os.path.exists, files)):
+            if name not in known:
+                if os.path.splitext(name)[1] not in (".json", ".jsonl"):
+                    raise InputError(f"--data={name} is no .json or .jsonl file, no folder with train.jsonl and val.jsonl, and none of {', '.join(known)}")
+                paths.append(name)
+                continue
             say(f"preparing data/{name} ...")
-            if subprocess.run([sys.executable, os.path.join(folder, "prepare.py")]).returncode:
+            code = subprocess.run([sys.executable, os.path.join(folder, "prepare.py")]).returncode
+            if code == 2:  # argparse's: it takes a path
+                raise InputError(f"data/{name} is made from files of your own: python data/{name}/prepare.py --help says from which")
+            if code:
                 raise InputError(f"data/{name}/prepare.py did not finish: see its message above")
         paths.append(files[0])
         held_out += [] if val else files[1:]
@@ -451,7 +457,7 @@ def main(argv=None):
     model.to(device).train()
     freeze(model, s.phase, s.freeze)
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, s.weight_decay), betas=(s.beta1, s.beta2), eps=s.adam_eps, fused=device.type in ("cpu", "cuda")
+        parameter_groups(model, s.weight_decay, s.decay_lr), betas=(s.beta1, s.beta2), eps=s.adam_eps, fused=device.type in ("cpu", "cuda")
     )
     first = 0
     log_path, ckpt_path = os.path.join(s.out_dir, "log.jsonl"), os.path.join(s.out_dir, "ckpt.pt")

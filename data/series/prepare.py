@@ -129,18 +129,15 @@ def invent(g, n):
     return y
 
 
-def real_series(paths):
-    """[(file and record, item_id, points)] of .jsonl files and of folders of .arrow files, without the benchmarks' own."""
-    found, left_out = [], set()
+def read_series(paths):
+    """(file and record, item_id, points, NaN where unknown) of each variable in .jsonl files and folders of .arrow files, without the benchmarks' own."""
+    left_out = set()
 
-    def add(record, at, name):
-        rows = np.atleast_2d(np.array(record["target"], dtype=float))
-        for row in rows:
-            if BENCHMARKS.search(f"{name}/{record.get('item_id', '')}"):
-                left_out.add(str(record.get("item_id", at)))
-            elif np.isfinite(row).sum() >= 192 and np.nanstd(row) > 0:
-                there = np.isfinite(row)
-                found.append((at, str(record.get("item_id", at)), np.interp(np.arange(len(row)), np.flatnonzero(there), row[there])))
+    def variables(record, at, name):
+        if own := BENCHMARKS.search(f"{name}/{record.get('item_id', '')}"):
+            left_out.add(own[0].strip("/"))
+            return []
+        return [(at, str(record.get("item_id", at)), row) for row in np.atleast_2d(np.array(record["target"], dtype=float))]
 
     for path in paths:
         if os.path.isdir(path) or path.endswith(".arrow"):
@@ -149,13 +146,15 @@ def real_series(paths):
             except ImportError:
                 sys.exit('error: .arrow files take pyarrow: pip install -e ".[gift]"')
             files = sorted(glob.glob(os.path.join(path, "**", "*.arrow"), recursive=True)) if os.path.isdir(path) else [path]
+            files = [file for file in files if not os.path.basename(file).startswith("cache-")]  # copies, which were published beside the data
             if not files:
                 sys.exit(f"error: {path} has no .arrow files")
             for file in files:
                 try:
                     with pyarrow.memory_map(file) as source:
-                        for n, record in enumerate(pyarrow.ipc.open_stream(source).read_all().to_pylist()):
-                            add(record, f"{file}, record {n}", os.path.abspath(file))
+                        rows = (batch.slice(i, 1) for batch in pyarrow.ipc.open_stream(source) for i in range(len(batch)))  # one at a time: some are long
+                        for n, row in enumerate(rows):
+                            yield from variables(row.to_pylist()[0], f"{file}, record {n}", os.path.abspath(file))
                 except (pyarrow.ArrowInvalid, KeyError, ValueError, OSError) as e:
                     sys.exit(f"error: {file} does not hold series: {e}")
         else:
@@ -163,15 +162,23 @@ def real_series(paths):
                 with open(path, encoding="utf-8") as f:
                     for n, line in enumerate(f, 1):
                         try:
-                            if not line.strip():
-                                continue
-                            add(json.loads(line), f"{path}, line {n}", os.path.basename(path))
+                            if line.strip():
+                                yield from variables(json.loads(line), f"{path}, line {n}", os.path.basename(path))
                         except (ValueError, KeyError, TypeError, AttributeError) as e:
                             sys.exit(f'error: {path}, line {n}, is not {{"item_id": ..., "target": [...]}}: {e}')
             except OSError as e:
                 sys.exit(f"error: cannot read {path}: {e.strerror}")
     if left_out:
-        print(f"left out, as the benchmark's own: {', '.join(sorted(left_out)[:8])}{' and others' if len(left_out) > 8 else ''}")
+        print(f"left out, as the benchmark's own: {', '.join(sorted(left_out))}")
+
+
+def real_series(paths):
+    """[(file and record, item_id, points)] of those that are long enough and not still, with a line drawn over their gaps."""
+    found = []
+    for at, item_id, row in read_series(paths):
+        there = np.isfinite(row)
+        if there.sum() >= 192 and np.nanstd(row) > 0:
+            found.append((at, item_id, np.interp(np.arange(len(row)), np.flatnonzero(there), row[there])))
     return found
 
 
