@@ -910,16 +910,19 @@ class PatchEncoder(nn.Module):
 
 
 class MelEncoder(nn.Module):
-    """Sound as Whisper's front end has it ([6], section 2.2): 100 log-mel frames a second, then two convolutions, from scratch, which
-    leave 50 vectors a second. Any length: nothing is cut to, or filled up to, 30 seconds."""
+    """Sound as Whisper's front end has it ([6], section 2.2): 100 log-mel frames a second, then convolutions, from scratch: two, which leave
+    50 vectors a second, and four with growing dilations, one for each channel and one for all, by which a vector hears 0.6 s to
+    either side. Any length: nothing is cut to, or filled up to, 30 seconds."""
 
     RATE, WINDOW, HOP, BINS = 16000, 400, 160, 80  # samples a second, in a window, from window to window; mel bins
+    DILATIONS = (1, 2, 4, 8)
 
     def __init__(self, config):
         super().__init__()
-        self.width = config.encoder_width
-        self.conv1, self.conv2 = nn.Conv1d(self.BINS, self.width, 3, 1, 1), nn.Conv1d(self.width, self.width, 3, 2, 1)
-        start_loud(self.conv1, self.conv2)
+        self.width = C = config.encoder_width
+        self.conv1, self.conv2 = nn.Conv1d(self.BINS, C, 3, 1, 1), nn.Conv1d(C, C, 3, 2, 1)
+        self.deep = nn.ModuleList(nn.Sequential(nn.Conv1d(C, C, 5, 1, 2 * d, d, groups=C), nn.Conv1d(C, C, 1)) for d in self.DILATIONS)
+        start_loud(self.conv1, self.conv2, *(layer for pair in self.deep for layer in pair))
 
     @staticmethod
     @functools.lru_cache
@@ -952,11 +955,16 @@ class MelEncoder(nn.Module):
         return (frames.shape[1] + 1) // 2
 
     def forward(self, sounds):
-        """[(80, frames)] -> [(length, width)]"""
-        x = pad([sound.T for sound in sounds]).mT.to(self.conv1.weight)
-        frames = torch.tensor([sound.shape[1] for sound in sounds], device=x.device)
-        x = F.gelu(self.conv1(x)) * (torch.arange(x.shape[2], device=x.device) < frames[:, None])[:, None]  # no sound hears its neighbours' lengths
-        return [y[:n] for y, n in zip(F.gelu(self.conv2(x)).mT, map(self.length, sounds))]
+        """[(80, frames)] -> [(length, width)]; of each bin its mean over the sound is taken away, as is usual in speech recognition: what
+        stays the same from frame to frame tells of room and microphone, and would drown the rest."""
+        lengths = [*map(self.length, sounds)]
+        x = pad([(sound - sound.mean(1, keepdim=True)).T for sound in sounds]).mT.to(self.conv1.weight)
+        real = lambda x, n: x * real_steps(x.shape[2], torch.tensor(n, device=x.device))[..., 0].mT  # no sound hears its neighbours' lengths
+        x = real(F.gelu(self.conv1(x)), [sound.shape[1] for sound in sounds])
+        x = F.gelu(self.conv2(x))
+        for pair in self.deep:
+            x = x + F.gelu(pair(real(x, lengths)))
+        return [y[:n] for y, n in zip(x.mT, lengths)]
 
 
 def read_sound(path, rate):

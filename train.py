@@ -97,13 +97,13 @@ SUITED = {  # settings that suit an embedded data set, unless they are given; of
     "digits": dict(image_encoder="patch"),
     "shapes": dict(image_height=48, patch_height=16, patch_width=16, conv_kernel=0, image_trim=False, n_layer=3, prompt_style="last")
     | dict(learning_rate=1.2e-3, batch_size=32, max_steps=4000, level_steps=100, eval_interval=1000, save_interval=1000),
-    "morse": dict(image_encoder="none", audio_encoder="mel"),
-    "spoken_digits": dict(image_encoder="none", audio_encoder="mel"),
+    "morse": dict(image_encoder="none", audio_encoder="mel")
+    | dict(learning_rate=1.2e-3, batch_size=32, max_steps=4000, level_steps=100, eval_interval=1000, save_interval=1000),
     "series": dict(image_encoder="none", series_encoder="wavenet", encoder_width=48, n_layer=3),
     "shakespeare": dict(image_encoder="none"),
     "llava": dict(image_height=64, patch_height=16, patch_width=16, image_trim=False),
 }
-SUITED |= {"librispeech": SUITED["morse"], "aishell": SUITED["morse"], "gift_eval": SUITED["series"]}
+SUITED |= {"spoken_digits": SUITED["morse"] | {"max_steps": 2000}, "librispeech": SUITED["morse"], "aishell": SUITED["morse"], "gift_eval": SUITED["series"]}
 
 
 def find_data(names, val):
