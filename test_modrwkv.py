@@ -3002,7 +3002,7 @@ def test_a_run_scores_what_was_held_out(trained, counting):
     assert line.split()[1:4] == ["16", f"{100 * tasks['read']['exact']:.1f}", "%"]
 
 
-@pytest.mark.parametrize("table,rows", [("data", 4), ("prompt", 3), ("scan", 3)])
+@pytest.mark.parametrize("table,rows", [("data", 4), ("prompt", 3), ("scan", 3), ("adapter", 3), ("conv", 4)])
 def test_a_table_runs_each_row_with_three_seeds(table, rows, tmp_path, monkeypatch, capsys):
     """The runs themselves are played by a function: it notes its flags, leaves a log, and fails once."""
     commands, fail = [], ["_2"]
@@ -3013,9 +3013,12 @@ def test_a_table_runs_each_row_with_three_seeds(table, rows, tmp_path, monkeypat
         assert command[1] == str(REPO / "train.py") and env["OMP_NUM_THREADS"] == "1"
         out = Path(flags["out_dir"])
         broken = fail and flags["out_dir"].endswith(fail[0])
-        score = {"exact": 0.1 * int(flags["seed"]) + 0.01 * len(flags["scan"])}
+        score = {"n": 9, "exact": 0.1 * int(flags["seed"]) + 0.01 * len(flags.get("scan", "")), "tasks": {"read": {"exact": 0.5}}}
+        if table == "adapter":  # series are not answers
+            score = {"n": 0, "exact": 0.0, "tasks": {}, "val_loss": int(flags["seed"]) / int(flags["adapter_scale"])}
+        steps = [{"step": n, "loss": 1.0, "seconds": 5.0 + 3.2 * n + (n == 4)} for n in range(7)]  # the evaluation behind one step is none of its time
         (out / "ckpt.pt").touch()
-        (out / "log.jsonl").write_text("{" if broken else json.dumps({"step": 7, **score, "tasks": {"read": {"exact": 0.5}}}) + "\n")
+        (out / "log.jsonl").write_text("{" if broken else "".join(json.dumps(x) + "\n" for x in (*steps, {"step": 7, **score})))
         return SimpleNamespace(returncode=int(bool(broken)))
 
     monkeypatch.setattr(train.subprocess, "run", play)
@@ -3031,9 +3034,12 @@ def test_a_table_runs_each_row_with_three_seeds(table, rows, tmp_path, monkeypat
     assert all(flags["max_steps"] == "7" and "ablate" not in flags for flags in commands)
     assert len({flags["out_dir"] for flags in commands}) == len(commands) and {flags["seed"] for flags in commands} <= {"1", "2", "3"}
     head, line, *lines = capsys.readouterr().out.splitlines()[-rows - 2 :]
-    assert head == "| % exact on digits | all | read |" and line == "|---|---|---|"
-    for text, (rwkv, scan, style) in zip(lines, train.ABLATIONS[table], strict=True):
-        assert text == f"| RWKV-{rwkv}, {scan}, {style} | {20 + len(scan):.1f} ± 10.0 | 50.0 ± 0.0 |"
+    assert head == ("| digits | loss | ms a sample |" if table == "adapter" else "| % exact on digits | all | read | ms a sample |")
+    assert line == "|---" * (head.count("|") - 1) + "|"
+    for text, row in zip(lines, train.ABLATIONS[table], strict=True):
+        loss = f"{2 / row['adapter_scale']:.4f} ± {1 / row['adapter_scale']:.4f}" if table == "adapter" else ""
+        score = loss or f"{20 + len(row.get('scan', '')):.1f} ± 10.0 | 50.0 ± 0.0"
+        assert text == f"| {', '.join(f'{name} {value}' for name, value in row.items())} | {score} | 50.0 ± 0.0 |"
     assert "--ablate=x" in refusal(train.main, ["--ablate=x"])
 
 

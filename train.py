@@ -87,7 +87,7 @@ class Train:
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = setting("auto", "float32, or bfloat16 under autocast; auto takes bfloat16 where the hardware has it")
     seed: int = setting(1, "of the initial weights and the order of the data")
-    ablate: str = setting("", "data (generations), prompt or scan: train each row of that table of VisualRWKV with three seeds, and print the table")
+    ablate: str = setting("", "data (generations), prompt, scan, adapter or conv: train each row of that table of the papers with three seeds, and print it")
     bench: bool = setting(False, "time the recurrence and a training step on this machine, and do nothing else")
 
 
@@ -329,51 +329,62 @@ def bench(device):
             say(f"  {way:14}{ms:8.1f} ms {medians['wkv7_loop'] / ms:6.1f} x")
 
 
-ABLATIONS = {  # VisualRWKV's tables 1, 3 and 4: generation, scan and prompt style of each row
-    "data": ((5, "uni", "first"), (6, "uni", "first"), (6, "bi", "sandwich"), (7, "bi", "sandwich")),
-    "prompt": ((6, "bi", "first"), (6, "bi", "last"), (6, "bi", "sandwich")),
-    "scan": ((6, "uni", "sandwich"), (6, "bi", "sandwich"), (6, "multi", "sandwich")),
+def rows(**flags):  # the first values, the second ones, ...
+    return [dict(zip(flags, values)) for values in zip(*flags.values(), strict=True)]
+
+
+ABLATIONS = {  # the flags of each row of a table
+    "data": rows(rwkv=(5, 6, 6, 7), scan=("uni", "uni", "bi", "bi"), prompt_style=("first", "first", "sandwich", "sandwich")),  # VisualRWKV's table 1
+    "prompt": rows(rwkv=(6, 6, 6), scan=("bi", "bi", "bi"), prompt_style=("first", "last", "sandwich")),  # 3
+    "scan": rows(rwkv=(6, 6, 6), scan=("uni", "bi", "multi"), prompt_style=("sandwich", "sandwich", "sandwich")),  # 4
+    "adapter": rows(adapter_scale=(2, 4, 8)),  # ModRWKV's table 5
+    "conv": rows(conv_kernel=(0, 3, 4, 5), conv_stride=(1, 2, 3, 4)),  # 7
 }
 
 
 def ablate(s, settings):
-    """Trains each row of a table with three seeds, each run a process of its own into a folder of out_dir, and prints the table.
+    """Trains each row of a table with three seeds, each run a process of its own into a folder of out_dir, and prints the table: % of
+    the held-out answers exact (or the loss, where nothing is asked) and milliseconds of training a sample, mean and standard deviation.
     A run that is there already is not done again, one that was stopped goes on. settings: {name: value} for all of them.
     On a CPU, runs go side by side, a thread each, which wastes nothing."""
     if s.ablate not in ABLATIONS:
         raise InputError(f"--ablate={s.ablate} is not one of {', '.join(ABLATIONS)}")
 
     def run(row, seed):
-        """{"all" or task: % exact} of a row of ABLATIONS."""
-        folder = os.path.join(s.out_dir, "_".join(map(str, (os.path.basename(s.data), f"rwkv{row[0]}", *row[1:], seed))))
+        """{column: number} of a row of ABLATIONS."""
+        folder = os.path.join(s.out_dir, "_".join(map(str, (os.path.basename(s.data), *itertools.chain(*row.items()), seed))))
 
-        def last():  # what the log says in the end
-            with contextlib.suppress(OSError, ValueError, IndexError), open(os.path.join(folder, "log.jsonl")) as f:
-                return json.loads(f.readlines()[-1])
-            return {}
+        def log():
+            with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, "log.jsonl")) as f:
+                return [json.loads(line) for line in f]
+            return []
 
-        if "tasks" not in last() or last()["step"] < s.max_steps:
-            own = dict(zip(("rwkv", "scan", "prompt_style"), row)) | {"seed": seed, "out_dir": folder}
-            own["resume"] = os.path.exists(os.path.join(folder, "ckpt.pt"))
+        if not log() or "tasks" not in log()[-1] or log()[-1]["step"] < s.max_steps:
+            own = row | {"seed": seed, "out_dir": folder, "resume": os.path.exists(os.path.join(folder, "ckpt.pt"))}
             command = [sys.executable, os.path.abspath(__file__), *(f"--{name}={value}" for name, value in (settings | own).items())]
             os.makedirs(folder, exist_ok=True)
             with open(os.path.join(folder, "said.txt"), "a") as out:
                 if subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=out, stderr=out).returncode:
                     raise InputError(f"the run into {folder} did not finish: {out.name} says why")
-        say(f"{folder}: {100 * last()['exact']:.1f} % exact")
-        return {name: 100 * score["exact"] for name, score in {"all": last(), **last()["tasks"]}.items()}
+        *steps, last = log()
+        ends = [x["seconds"] for x in steps if "seconds" in x]
+        score = {name: 100 * part["exact"] for name, part in {"all": last, **last["tasks"]}.items()} if last["n"] else {"loss": last["val_loss"]}
+        say(f"{folder}: " + ", ".join(f"{name} {value:.4g}" for name, value in score.items()))
+        return score | {"ms a sample": 1000 / s.batch_size * statistics.median([b - a for a, b in zip(ends, ends[1:])] or ends)}
 
     find_data(s.data, s.val_data)  # prepared once
-    rows, seeds = ABLATIONS[s.ablate], (1, 2, 3)
+    table, seeds = ABLATIONS[s.ablate], (1, 2, 3)
     pool = ThreadPoolExecutor(torch.get_num_threads() if find_device(s.device).type == "cpu" else 1)
     try:
-        scores = list(pool.map(run, *zip(*itertools.product(rows, seeds))))
+        scores = list(pool.map(run, *zip(*itertools.product(table, seeds))))
     finally:
         pool.shutdown(cancel_futures=True)
-    print(f"| % exact on {s.data} | {' | '.join(scores[0])} |\n{'|---' * (len(scores[0]) + 1)}|")
-    for i, (rwkv, scan, style) in enumerate(rows):
+    print(f"| {'' if 'loss' in scores[0] else '% exact on '}{s.data} | {' | '.join(scores[0])} |\n{'|---' * (len(scores[0]) + 1)}|")
+    for i, row in enumerate(table):
         of_row = [[run[name] for run in scores[len(seeds) * i : len(seeds) * (i + 1)]] for name in scores[0]]
-        print(f"| RWKV-{rwkv}, {scan}, {style} | " + " | ".join(f"{statistics.mean(x):.1f} ± {statistics.stdev(x):.1f}" for x in of_row) + " |")
+        digits = {name: 4 if name == "loss" else 1 for name in scores[0]}.values()
+        cells = [f"{statistics.mean(x):.{n}f} ± {statistics.stdev(x):.{n}f}" for n, x in zip(digits, of_row)]
+        print(f"| {', '.join(f'{name} {value}' for name, value in row.items())} | {' | '.join(cells)} |")
 
 
 def start(s, config, given, suited):
