@@ -85,8 +85,8 @@ class Config:
     prompt_style: str = setting("written", "where a question has its pictures: written, first, last, sandwich, before or tagged: PROMPT_STYLES")
     scan: str = setting("uni", "order in which layers read a picture's vectors: uni, bi (forward, backward) or multi (down, up: layers 3 and 4)")
     cls: str = setting("first", "where clip and dinov2 have the vector of the whole picture: first (ModRWKV) or last (VisualRWKV); it is not scanned")
-    image_encoder: str = setting("patch", "patch, or none for a model without eyes")
-    audio_encoder: str = setting("none", "mel, or none for a model without ears")
+    image_encoder: str = setting("patch", "patch, from scratch; siglip, clip, dinov2, or the folder or hub id of one (frozen; several: a+b); none: no eyes")
+    audio_encoder: str = setting("none", "mel, from scratch; wavlm, whisper, or the folder or hub id of one (frozen); none: no ears")
     series_encoder: str = setting("none", "wavenet, timer (pretrained: see --timer_weights), or none for a model that reads no series")
     series_kernel: int = setting(24, "kernel of the Conv1D after the series encoder; 0 for no Conv1D")
     series_stride: int = setting(24, "stride of that Conv1D: so many points a vector")
@@ -839,6 +839,22 @@ def start_loud(*layers):
         nn.init.zeros_(layer.bias)
 
 
+def read_picture(path):
+    """A picture file (or PIL image) as PIL image in RGB; raises InputError naming the file."""
+    try:
+        with Image.open(path) if not isinstance(path, Image.Image) else contextlib.nullcontext(path) as image:
+            if image.mode in ("P", "LA", "RGBA", "PA"):  # what is transparent lies on white paper
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            if image.mode.startswith("I"):  # 16 bits a pixel
+                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+            return image.convert("RGB")
+    except FileNotFoundError as e:
+        raise InputError(f"no such picture: {path}") from e
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise InputError(f"{path} is not a picture that can be read: {e}") from e
+
+
 class PatchEncoder(nn.Module):
     """Patches of a picture, from scratch: two small convolutions, which see strokes and edges wherever they are
     (Xiao et al. 2021, arXiv:2106.14881), then one linear layer a patch, as in ViT. The height is fixed, the width free."""
@@ -865,18 +881,7 @@ class PatchEncoder(nn.Module):
         The empty border is cut away if image_trim is set, the aspect ratio is kept, and pictures wider
         than 16 times their height are made to fit; raises InputError naming the file.
         """
-        try:
-            with Image.open(path) if not isinstance(path, Image.Image) else contextlib.nullcontext(path) as image:
-                if image.mode in ("P", "LA", "RGBA", "PA"):  # what is transparent lies on white paper
-                    image = image.convert("RGBA")
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-                if image.mode.startswith("I"):  # 16 bits a pixel
-                    image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-                image = image.convert("RGB")
-        except FileNotFoundError as e:
-            raise InputError(f"no such picture: {path}") from e
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-            raise InputError(f"{path} is not a picture that can be read: {e}") from e
+        image = read_picture(path)
         pixels = np.asarray(image)
         edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
         paper = tuple(int(c) for c in np.median(edge, 0))
@@ -926,15 +931,15 @@ class MelEncoder(nn.Module):
 
     @staticmethod
     @functools.lru_cache
-    def filters():
-        """(80, 201): triangles evenly spaced on Slaney's mel scale, linear below 1 kHz and logarithmic above, each of area 1."""
+    def filters(bins=BINS):
+        """(bins, 201): triangles evenly spaced on Slaney's mel scale, linear below 1 kHz and logarithmic above, each of area 1."""
         f = MelEncoder
         top = 15 + 27 * math.log(f.RATE / 2 / 1000) / math.log(6.4)
-        mel = torch.linspace(0, top, f.BINS + 2, dtype=torch.float64)
+        mel = torch.linspace(0, top, bins + 2, dtype=torch.float64)
         hz = torch.where(mel < 15, mel * 200 / 3, 1000 * torch.exp((mel - 15) * math.log(6.4) / 27))
         low, peak, high = hz[:-2, None], hz[1:-1, None], hz[2:, None]
-        bins = torch.linspace(0, f.RATE / 2, f.WINDOW // 2 + 1, dtype=torch.float64)
-        slopes = torch.minimum((bins - low) / (peak - low), (high - bins) / (high - peak)).clamp(min=0)
+        at = torch.linspace(0, f.RATE / 2, f.WINDOW // 2 + 1, dtype=torch.float64)
+        slopes = torch.minimum((at - low) / (peak - low), (high - at) / (high - peak)).clamp(min=0)
         return (slopes * 2 / (high - low)).float()
 
     def load(self, path):
@@ -944,11 +949,12 @@ class MelEncoder(nn.Module):
         """
         return self.log_mel(read_sound(path, self.RATE) if isinstance(path, str | os.PathLike) else torch.as_tensor(path, dtype=torch.float32))
 
-    def log_mel(self, x):
-        """Samples (n,) at 16 kHz -> (80, ceil(n / 160) or 3 at least): logarithms to base 10, down to 8 below the loudest, scaled to about -1 to 1."""
-        x = F.pad(x, (0, max(3 * self.HOP - len(x), -len(x) % self.HOP)))
-        spectrum = torch.stft(x, self.WINDOW, self.HOP, window=torch.hann_window(self.WINDOW), return_complex=True)
-        mel = (self.filters() @ spectrum[:, :-1].abs() ** 2).clamp(min=1e-10).log10()
+    @classmethod
+    def log_mel(cls, x, bins=BINS):
+        """Samples (n,) at 16 kHz -> (bins, ceil(n / 160) or 3 at least): logarithms to base 10, down to 8 below the loudest, scaled to about -1 to 1."""
+        x = F.pad(x, (0, max(3 * cls.HOP - len(x), -len(x) % cls.HOP)))
+        spectrum = torch.stft(x, cls.WINDOW, cls.HOP, window=torch.hann_window(cls.WINDOW), return_complex=True)
+        mel = (cls.filters(bins) @ spectrum[:, :-1].abs() ** 2).clamp(min=1e-10).log10()
         return (mel.clamp(min=mel.max() - 8) + 4) / 4
 
     def length(self, frames):
@@ -1165,6 +1171,191 @@ def normalise(x, known=None, scale=None):
     return torch.stack([points, there.to(x)]).float(), mean.item(), deviation.item()
 
 
+@dataclass
+class Features:
+    """In a signal's place the vectors (L, width) that its encoder makes of it, from the feature cache."""
+
+    vectors: torch.Tensor
+
+
+class Pretrained(nn.Module):
+    """Encoders of the library `transformers`: frozen, and in eval whatever train() says. A config names them, no checkpoint holds them: in
+    a list they are no submodules, so that parameters() and state_dict() pass them by."""
+
+    pretrained, cls = True, False
+
+    def __init__(self, models):
+        super().__init__()
+        self.models = [model.eval().requires_grad_(False) for model in models]
+        self.width = sum(model.config.hidden_size for model in models)
+
+    def _apply(self, fn, recurse=True):  # to another device or dtype
+        for model in self.models:
+            model._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def length(self, signal):
+        return len(signal.vectors) if isinstance(signal, Features) else self.count(signal)
+
+    @torch.no_grad()
+    def forward(self, signals):
+        """[signals of load, or Features] -> [(L, width)]"""
+        new = [signal for signal in signals if not isinstance(signal, Features)]
+        encoded, like = iter(self.encode(new) if new else ()), next(self.models[0].parameters())
+        return [signal.vectors.to(like) if isinstance(signal, Features) else next(encoded) for signal in signals]
+
+    @functools.cached_property
+    def identity(self):
+        """What is the same for the same weights and preparation alone."""
+        values = [p.flatten()[:: max(1, p.numel() // 64)].float().cpu().numpy().tobytes() for model in self.models for p in model.parameters()]
+        return hashlib.sha256(b"".join(values) + repr(self.preparations).encode()).hexdigest()
+
+    def cached(self, path, folder):
+        """load(path) and forward as Features, kept in `folder` in float16 (values move by less than 1 / 2,000 of themselves): computed anew
+        when weights, preparation, or the file's place, size or time have changed, or what is kept is damaged."""
+        try:
+            about = os.stat(path)
+        except OSError:
+            return self.load(path)  # it knows what to say
+        key = hashlib.sha256(f"{self.identity} {os.path.abspath(path)} {about.st_size} {about.st_mtime_ns}".encode()).hexdigest()
+        kept = os.path.join(folder, key[:2], f"{key}.npy")
+        with contextlib.suppress(OSError, ValueError, EOFError):
+            vectors = np.load(kept)
+            if vectors.ndim == 2 and vectors.shape[1] == self.width:
+                return Features(torch.from_numpy(vectors))
+        [vectors] = self([self.load(path)])
+        half = vectors.half().cpu()
+        features = Features(half if half.isfinite().all() else vectors.float().cpu())
+        try:
+            os.makedirs(os.path.dirname(kept), exist_ok=True)
+            partial = f"{kept}.{os.getpid()}"  # another process may be at it, too
+            with open(partial, "wb") as f:
+                np.save(f, features.vectors.numpy())
+            os.replace(partial, kept)
+        except OSError as e:
+            raise InputError(f"could not keep features in --feature_cache={folder}: {e.strerror}") from e
+        return features
+
+
+class Vision(Pretrained):
+    """SigLIP, CLIP or DINOv2 ([1], section 3.1), the last hidden state as these models give it; CLIP and DINOv2 have the whole picture's vector in
+    front. Several, over the same grid, are put side by side, channel by channel, without that vector ([3]'s code, v6.11 and v7.00)."""
+
+    def __init__(self, models, preparations):
+        super().__init__(models)
+        self.preparations = preparations
+        square = lambda x, *names: tuple(x[name] for name in names) if isinstance(x, dict) else (x, x)
+        self.sizes = [square(p["crop_size"] if p.get("do_center_crop") else p["size"], "height", "width") for p in preparations]
+        grids = [tuple(n // model.config.patch_size for n in size) for model, size in zip(models, self.sizes)]
+        if len(set(grids)) > 1:
+            raise InputError(f"encoders joined by + have to see the same grid of patches, not {' and '.join(f'{h} x {w}' for h, w in grids)}")
+        self.rows, self.across = grids[0]
+        self.cls = len(models) == 1 and models[0].config.model_type != "siglip_vision_model"
+
+    def load(self, path):
+        """A picture file as [uint8 (3, height, width)], for each encoder as its own processor scales and cuts it."""
+        image, found = read_picture(path), []
+        for p, (height, width) in zip(self.preparations, self.sizes):
+            x, size = image, p["size"]
+            if p.get("do_resize", True) and isinstance(size, dict) and "height" in size:
+                x = x.resize((size["width"], size["height"]), p["resample"])
+            elif p.get("do_resize", True):  # the shorter side
+                n, short = size["shortest_edge"] if isinstance(size, dict) else size, min(x.size)
+                x = x.resize([n if side == short else int(n * side / short) for side in x.size], p["resample"])
+            left, top = (x.width - width) // 2, (x.height - height) // 2
+            found.append(torch.from_numpy(np.array(x.crop((left, top, left + width, top + height)))).permute(2, 0, 1))
+        return found
+
+    def count(self, _):
+        return self.rows * self.across + self.cls
+
+    def columns(self, _):
+        return self.across
+
+    def encode(self, pictures):
+        parts = []
+        for model, p, pixels in zip(self.models, self.preparations, zip(*pictures)):
+            mean, std = (torch.tensor(p[name])[:, None, None] for name in ("image_mean", "image_std"))
+            x = (torch.stack(pixels) * p["rescale_factor"] - mean) / std
+            parts.append(model(pixel_values=x.to(next(model.parameters()))).last_hidden_state)
+        return torch.cat([y[:, -self.count(0) :] for y in parts], -1)
+
+
+class Speech(Pretrained):
+    """WavLM's or Whisper's encoder ([1], section 3.2), about 50 vectors a second, each sound by itself, since zeros behind a shorter one would
+    change it. Whisper hears 30 seconds at a time, a shorter rest filled up with silence, and what it hears in the silence is left out, as in [1]'s code."""
+
+    def __init__(self, model, preparation):
+        super().__init__([model])
+        self.preparations, self.whisper = [preparation], model.config.model_type == "whisper"
+        if self.whisper:
+            self.window = 2 * model.config.max_source_positions * MelEncoder.HOP
+
+    def load(self, path):
+        """A sound file of any rate, or samples (n,) at 16 kHz, as samples."""
+        x = read_sound(path, MelEncoder.RATE) if isinstance(path, str | os.PathLike) else torch.as_tensor(path, dtype=torch.float32)
+        if not self.whisper:
+            if self.preparations[0]["do_normalize"]:
+                x = (x - x.mean()) / (x.var(correction=0) + 1e-7).sqrt()
+            x = F.pad(x, (0, max(0, 400 - len(x))))  # the first vector sees so many
+        return x
+
+    def count(self, x):
+        if self.whisper:
+            return sum(min(self.window // MelEncoder.HOP // 2, -(-len(part) // MelEncoder.HOP) // 2 + 1) for part in x.split(self.window))
+        return int(self.models[0]._get_feat_extract_output_lengths(len(x)))
+
+    def encode(self, sounds):
+        [model] = self.models
+        like = next(model.parameters())
+        if not self.whisper:
+            return [model(input_values=x[None].to(like)).last_hidden_state[0] for x in sounds]
+        mel = lambda x: MelEncoder.log_mel(F.pad(x, (0, self.window - len(x))), model.config.num_mel_bins)[None].to(like)
+        return [torch.cat([model(mel(part)).last_hidden_state[0, : self.count(part)] for part in x.split(self.window)]) for x in sounds]
+
+
+HUB = {  # where a family is fetched from
+    "siglip": "google/siglip2-base-patch16-384",
+    "clip": "openai/clip-vit-large-patch14-336",
+    "dinov2": "facebook/dinov2-small",
+    "wavlm": "microsoft/wavlm-base-plus",
+    "whisper": "openai/whisper-small",
+}
+MODELS = {"siglip": "SiglipVisionModel", "clip": "CLIPVisionModel", "dinov2": "Dinov2Model", "wavlm": "WavLMModel", "whisper": "WhisperModel"}
+
+
+def read_pretrained(kind, names):
+    """The encoder of pictures or sounds in a folder or on the hub (a family's name stands for an id: HUB), as its config.json says; pictures:
+    also several joined by +. Raises InputError naming the flag."""
+    flag, known = f"--{kind}_encoder={names}", ", ".join(HUB)
+    try:
+        import transformers
+    except ImportError as e:
+        raise InputError(f'{flag} takes transformers: pip install -e ".[pretrained]"') from e
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    models, preparations = [], []
+    for name in names.split("+") if kind == "image" else [names]:
+        place = HUB.get(name, name)
+        try:
+            if not os.path.isdir(place) and place.count("/") != 1:
+                raise OSError("no such folder")
+            family = transformers.AutoConfig.from_pretrained(place).model_type.removesuffix("_vision_model")
+            if family not in (("siglip", "clip", "dinov2") if kind == "image" else ("wavlm", "whisper")):
+                raise InputError(f"{flag}: {place} is {family}, no encoder of {kind}s of a known family ({known})")
+            head = {"vision_use_head": False} if family == "siglip" else {}  # it is not used
+            model = getattr(transformers, MODELS[family]).from_pretrained(place, dtype=torch.float32, **head)
+            models.append(model.get_encoder() if family == "whisper" else model)
+            with open(transformers.utils.cached_file(place, "preprocessor_config.json"), encoding="utf-8") as f:
+                preparations.append(json.load(f))
+        except InputError:
+            raise
+        except Exception as e:  # huggingface_hub's, safetensors' and transformers' own, OSError, ValueError
+            why = str(e).strip().splitlines()[0]
+            raise InputError(f"{flag}: {place} is neither a folder of a pretrained encoder ({known}) nor could it be fetched: {why}") from e
+    return Vision(models, preparations) if kind == "image" else Speech(models[0], preparations[0])
+
+
 class AbsentTowers(nn.Module):
     """In the place of VisualRWKV 7.00's three vision towers: its projector is kept, and pictures are refused."""
 
@@ -1306,13 +1497,13 @@ class ModRWKV(nn.Module):
             self.ln_out = nn.LayerNorm(C)
             self.head = nn.Linear(C, V, bias=False)
             nn.init.orthogonal_(self.head.weight, 0.5 * max(1, V / C) ** 0.5)
-        self.encoder, self.adapter = nn.ModuleDict(), nn.ModuleDict()
+        self.encoder, self.adapter, self.feature_cache = nn.ModuleDict(), nn.ModuleDict(), ""  # a folder: Pretrained.cached
         for kind in MEDIA:
             name = getattr(config, f"{kind}_encoder")
-            if name not in ENCODERS[kind] and name != "none":
+            if kind == "series" and name not in ENCODERS[kind] and name != "none":
                 raise InputError(f"{kind}_encoder={name} is not one of {', '.join(ENCODERS[kind])}, none")
             if name != "none":
-                encoder = self.encoder[kind] = ENCODERS[kind][name](config)
+                encoder = self.encoder[kind] = ENCODERS[kind][name](config) if name in ENCODERS[kind] else read_pretrained(kind, name)
                 convs = {"image": (config.conv_kernel, config.conv_stride), "series": (config.series_kernel, config.series_stride)}
                 own = (*convs[kind], config.adapter_kind) if kind in convs else ()
                 self.adapter[kind] = (Adapter if kind in convs else SpeechAdapter)(encoder.width, C, config.adapter_scale, *own)
@@ -1333,9 +1524,13 @@ class ModRWKV(nn.Module):
                 if kind not in self.encoder:
                     name = path if isinstance(path, str | os.PathLike) else "a list of numbers"
                     raise InputError(f"{name}: this model has no {kind} encoder; train one with --{kind}_encoder={next(iter(ENCODERS[kind]))}")
-            return conversation(self.config, turns, ((kind, self.encoder[kind].load(path)) for kind, path in media), first)
+            return conversation(self.config, turns, ((kind, self.signal(kind, path)) for kind, path in media), first)
         except InputError as e:
             raise InputError(f"{at}: {e}" if at else str(e)) from e
+
+    def signal(self, kind, path):
+        encoder = self.encoder[kind]
+        return encoder.cached(path, self.feature_cache) if self.feature_cache and isinstance(encoder, Pretrained) else encoder.load(path)
 
     def sample(self, record):
         """The segments of a record of read_records, to learn from; raises InputError naming the record."""

@@ -1987,7 +1987,8 @@ def test_where_several_pictures_go_before_a_turn_and_in_tags():
     assert kinds == ["text", open, ("image", "A"), close, open, ("image", "B"), close, "text"]
 
 
-@pytest.mark.parametrize("cls,scan", itertools.product(("first", "last"), ("bi", "multi")))
+@pytest.mark.parametrize("cls", ["first", "last"])
+@pytest.mark.parametrize("scan", ["bi", "multi"])
 @torch.no_grad()
 def test_the_vector_of_the_whole_picture_is_not_scanned(cls, scan, monkeypatch):
     """Against blocks that are given the patches turned round, and the other vectors where they are."""
@@ -2206,6 +2207,221 @@ def test_help_lists_every_flag(capsys):
 
 ENV = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {"OMP_NUM_THREADS": "1"}
 contents = lambda folder: {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# ---- pretrained encoders, against the library they come from
+
+
+def folder_of(family, folder):
+    """A folder with a tiny random encoder of a family, as transformers writes it."""
+    import transformers as hf
+
+    small = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    seen = small | dict(intermediate_size=64, patch_size=8)
+    waves = small | dict(conv_dim=(16,) * 7, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, num_buckets=32, max_bucket_distance=64)
+    stable = dict(feat_extract_norm="layer", do_stable_layer_norm=True)
+    ears = dict(vocab_size=64, num_mel_bins=16, d_model=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=32, decoder_layers=1)
+    ears |= dict(decoder_attention_heads=2, decoder_ffn_dim=32, max_source_positions=100, max_target_positions=8, pad_token_id=0, bos_token_id=1)
+    ears |= dict(eos_token_id=2, decoder_start_token_id=3, begin_suppress_tokens=None)
+    short = dict(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32})
+    model, preparation = {
+        "siglip": (
+            lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**seen, image_size=32)),
+            lambda: hf.SiglipImageProcessorPil(size={"height": 32, "width": 32}),
+        ),
+        "siglip, both towers": (
+            lambda: hf.SiglipModel(hf.SiglipConfig(text_config=small | dict(vocab_size=64, intermediate_size=64), vision_config=seen | dict(image_size=32))),
+            lambda: hf.SiglipImageProcessorPil(size={"height": 32, "width": 32}, resample=2),
+        ),
+        "clip": (lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**seen, image_size=32, projection_dim=16)), lambda: hf.CLIPImageProcessorPil(**short)),
+        "dinov2": (lambda: hf.Dinov2Model(hf.Dinov2Config(**small, patch_size=8, image_size=48, mlp_ratio=2)), lambda: hf.BitImageProcessorPil(**short)),
+        "dinov2, finer": (lambda: hf.Dinov2Model(hf.Dinov2Config(**small, patch_size=4, image_size=32, mlp_ratio=2)), lambda: hf.BitImageProcessorPil(**short)),
+        "wavlm": (lambda: hf.WavLMModel(hf.WavLMConfig(**waves)), lambda: hf.Wav2Vec2FeatureExtractor(do_normalize=False)),
+        "wavlm, large": (lambda: hf.WavLMModel(hf.WavLMConfig(**waves, **stable)), lambda: hf.Wav2Vec2FeatureExtractor(do_normalize=True)),
+        "whisper": (lambda: hf.WhisperModel(hf.WhisperConfig(**ears)), lambda: hf.WhisperFeatureExtractor(feature_size=16, chunk_length=2)),
+    }[family]
+    with torch.random.fork_rng():
+        torch.manual_seed(len(family))
+        randomise(model()).save_pretrained(folder)
+    preparation().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory):
+    pytest.importorskip("transformers")
+    return functools.cache(lambda family: folder_of(family, tmp_path_factory.mktemp("encoder")))
+
+
+SIZES = [(32, 32), (57, 40), (40, 90), (41, 300), (7, 9)]
+
+
+@pytest.mark.parametrize("family", ["siglip", "siglip, both towers", "clip", "dinov2"])
+@torch.no_grad()
+def test_pretrained_eyes_see_what_the_library_sees(family, folders):
+    import transformers as hf
+
+    folder = folders(family)
+    encoder = modrwkv.read_pretrained("image", folder)
+    kinds = {"siglip": hf.SiglipVisionModel, "clip": hf.CLIPVisionModel, "dinov2": hf.Dinov2Model}
+    theirs = kinds[family.split(",")[0]].from_pretrained(folder, dtype=torch.float32)
+    processor = hf.AutoImageProcessor.from_pretrained(folder, backend="pil")
+    pictures = [noise(*size) for size in SIZES] + [noise(50, 60).convert(mode) for mode in ("L", "P")]
+    want = theirs(**processor([picture.convert("RGB") for picture in pictures], return_tensors="pt")).last_hidden_state
+    signals = [encoder.load(picture) for picture in pictures]
+    for x, got in zip(want, encoder.double()(signals), strict=True):
+        assert got.shape == (16 + encoder.cls, 32) and distance(got, x) < 1e-5
+    assert encoder.width == 32 and encoder.cls == (family in ("clip", "dinov2")) and encoder.columns(signals[0]) == 4
+    assert {encoder.length(x) for x in signals} == {16 + encoder.cls}
+
+
+@torch.no_grad()
+def test_several_eyes_side_by_side(folders):
+    parts = [modrwkv.read_pretrained("image", folders(family)) for family in ("dinov2", "siglip")]
+    both = modrwkv.read_pretrained("image", f"{folders('dinov2')}+{folders('siglip')}")
+    got = both([both.load(noise(50, 40)), both.load(noise(30, 90))])
+    for y, size in zip(got, ((50, 40), (30, 90))):
+        dino, siglip = (part([part.load(noise(*size))])[0] for part in parts)
+        assert distance(y, torch.cat([dino[1:], siglip], 1)) < 1e-6
+    assert (both.width, both.cls, both.length(None), both.columns(None)) == (64, False, 16, 4)
+    message = refusal(modrwkv.read_pretrained, "image", f"{folders('dinov2, finer')}+{folders('siglip')}")
+    assert "8 x 8" in message and "4 x 4" in message
+
+
+def whisper_alone(folder, x):
+    """What the library makes of samples, part by part of two seconds, without what it hears in the silence behind them."""
+    import transformers as hf
+
+    prepare, model, found = hf.WhisperFeatureExtractor.from_pretrained(folder), hf.WhisperModel.from_pretrained(folder).get_encoder(), []
+    for start in range(0, len(x), 32000):
+        inputs = prepare(x[start : start + 32000].numpy(), sampling_rate=16000, return_attention_mask=True, return_tensors="pt")
+        n = int(inputs["attention_mask"].sum()) // 2 + 1
+        found.append(model(inputs["input_features"]).last_hidden_state[0, :n])
+    return torch.cat(found)
+
+
+def wavlm_alone(folder, x):
+    import transformers as hf
+
+    inputs = hf.AutoFeatureExtractor.from_pretrained(folder)(x.numpy(), sampling_rate=16000, return_tensors="pt")
+    return hf.WavLMModel.from_pretrained(folder, dtype=torch.float32)(inputs["input_values"]).last_hidden_state[0]
+
+
+@pytest.mark.parametrize("family", ["wavlm", "wavlm, large", "whisper"])
+@torch.no_grad()
+def test_pretrained_ears_hear_in_a_batch_what_the_library_hears_alone(family, folders):
+    encoder = modrwkv.read_pretrained("audio", folders(family))
+    encoder.train()  # dropout and masks in time would show
+    sounds = [torch.randn(n, generator=torch.Generator().manual_seed(n)) / 5 + 0.1 for n in (400, 1000, 9000, 16000, 32000, 32161, 70000)]
+    signals = [encoder.load(x) for x in sounds]
+    alone = whisper_alone if family == "whisper" else wavlm_alone
+    for x, prepared, got in zip(sounds, signals, encoder(signals), strict=True):
+        assert distance(got, alone(folders(family), x)) < 1e-5
+        assert len(got) == encoder.length(prepared)
+    assert encoder([encoder.load(sounds[0][:9])])[0].isfinite().all()  # shorter than what the first vector sees
+
+
+def test_pretrained_ears_count_as_published(folders):
+    """Frames of WavLM and positions of Whisper by [1]'s code."""
+    wavlm = modrwkv.read_pretrained("audio", folders("wavlm"))
+    assert [wavlm.length(torch.zeros(n)) for n in (400, 1000, 9000, 16000, 480000)] == [1, 2, 27, 49, 1499]
+    whisper = modrwkv.read_pretrained("audio", folders("whisper"))
+    whisper.window = 480000
+    assert [whisper.length(torch.zeros(n)) for n in (160, 161, 1000, 16000, 480000, 480160)] == [1, 2, 4, 51, 1500, 1501]
+
+
+def test_pretrained_encoders_stay_as_they_are(folders, tmp_path):
+    model = randomise(ModRWKV(dataclasses.replace(SMALL, image_encoder=folders("dinov2"), audio_encoder=folders("wavlm")))).train()
+    names = [*model.state_dict(), *(name for name, _ in model.named_parameters())]
+    assert not any(name.startswith(("encoder.image", "encoder.audio")) for name in names) and "adapter.image.conv.weight" in names
+    inner = model.encoder["image"].models[0]
+    assert not inner.training and not any(p.requires_grad for p in inner.parameters())
+    model.double()
+    assert next(inner.parameters()).dtype == torch.float64  # and so it is moved to another device
+    noise(40, 50).save(tmp_path / "x.png")
+    model.loss([model.sample({"_at": "", "_folder": str(tmp_path), **talk("<image>?", "x", image="x.png")})]).backward()
+    assert model.adapter["image"].conv.weight.grad.abs().max() > 0 and all(p.grad is None for p in inner.parameters())
+
+
+def test_folders_that_hold_no_encoder(folders, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for kind, name, word in (
+        ("image", str(tmp_path / "none"), "no such folder"), ("image", str(tmp_path / "empty"), "config.json"), ("audio", folders("siglip"), "is siglip"),
+        ("image", folders("whisper"), "is whisper"), ("image", "patches", "no such folder"), ("image", f"{folders('siglip')}+nothing", "nothing"),
+    ):
+        message = refusal(ModRWKV, dataclasses.replace(SMALL, **{f"{kind}_encoder": name}))
+        assert message.startswith(f"--{kind}_encoder={name}: ") and word in message and "dinov2" in message
+    shutil.copytree(folders("dinov2"), tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert str(tmp_path / "cut") in refusal(modrwkv.read_pretrained, "image", str(tmp_path / "cut"))
+
+
+def test_a_model_finds_its_encoder_again(folders, tmp_path, monkeypatch):
+    """Trained with a cache of features and without, stored, loaded, moved."""
+    shutil.copytree(folders("dinov2"), tmp_path / "eyes")
+    for i in range(8):
+        noise(40 + i, 50).save(tmp_path / f"{i}.png")
+    data = jsonl(tmp_path / "x.jsonl", *(talk("<image>\nWhich?", f"{i}", image=f"{i}.png") for i in range(8)))
+    flags = (f"--image_encoder={tmp_path / 'eyes'}", "--conv_kernel=0", "--max_steps=4", "--batch_size=8", "--level_steps=0", "--warmup_steps=1")
+    learn(tmp_path / "plain", (data, data), *flags)
+    loaded = []
+    monkeypatch.setattr(modrwkv.Vision, "load", lambda self, path, load=modrwkv.Vision.load: loaded.append(path) or load(self, path))
+    for out in ("cold", "warm"):
+        learn(tmp_path / out, (data, data), *flags, f"--feature_cache={tmp_path / 'cache'}")
+    assert len([path for path in loaded if path.endswith("0.png")]) == 1  # in both runs, training and scoring
+    curves = [column(tmp_path / out, "loss") for out in ("plain", "cold", "warm")]
+    assert curves[1] == curves[2] and curves[0] == pytest.approx(curves[1], rel=2e-3) and curves[0] != curves[1]
+    assert not any("encoder." in name for name in kept(tmp_path / "plain"))
+    [question] = [load(tmp_path / "plain").question("Which?", [("image", str(tmp_path / "0.png"))])]
+    want, _ = load(tmp_path / "plain")([question])
+    (tmp_path / "eyes").rename(tmp_path / "moved")
+    message = refusal(load, tmp_path / "plain")
+    assert f"--image_encoder={tmp_path / 'eyes'}" in message
+    got, _ = load(tmp_path / "plain", image_encoder=str(tmp_path / "moved"))([question])
+    assert torch.equal(got, want)
+
+
+def test_features_are_kept_only_while_they_are_true(folders, tmp_path):
+    encoder, cache = modrwkv.read_pretrained("image", folders("siglip")), str(tmp_path / "cache")
+    noise(40, 50).save(tmp_path / "x.png")
+    keep = lambda encoder=encoder: encoder.cached(str(tmp_path / "x.png"), cache).vectors
+    files = lambda: sorted(path for path in Path(cache).rglob("*") if path.is_file())
+    first = keep()
+    [true] = encoder([encoder.load(tmp_path / "x.png")])
+    assert first.dtype == torch.float16 and (first.float() - true).abs().max() <= true.abs().max() / 2000
+    assert torch.equal(keep(), first) and len(files()) == 1
+    [file] = files()
+    whole = file.read_bytes()
+    for damage in (b"", whole[:100], whole[:-7], b"something else", whole.replace(b"(16, 32)", b"(32, 16)")):
+        file.write_bytes(damage)
+        assert torch.equal(keep(), first) and file.read_bytes() == whole
+    noise(41, 50).save(tmp_path / "x.png")
+    assert not torch.equal(keep(), first) and len(files()) == 2
+    other = modrwkv.read_pretrained("image", folders("siglip, both towers"))
+    assert other.identity != encoder.identity == modrwkv.read_pretrained("image", folders("siglip")).identity
+    assert not torch.equal(keep(other), keep()) and len(files()) == 3
+    big = modrwkv.read_pretrained("image", folders("siglip"))
+    big.models[0].post_layernorm.weight.data *= 1e6  # beyond float16
+    assert keep(big).dtype == torch.float32 and keep(big).isfinite().all()
+    assert "x.jpg" in refusal(encoder.cached, "x.jpg", cache) and "no such" in refusal(encoder.cached, "x.jpg", cache)
+    assert "--feature_cache" in refusal(encoder.cached, str(tmp_path / "x.png"), str(file) + "/no")
+
+
+@torch.no_grad()
+def test_a_released_model_sees_through_its_encoder(folders, tmp_path):
+    """WorldRWKV's flat layout, with the encoder's folder named by the user; the language model's own logits are compared elsewhere."""
+    adapter = mlp(C_, 2, 32, "proj")
+    torch.save(official_weights(2, C_) | under("modality.world_encoder.adapter.", adapter), tmp_path / "x.pth")
+    model = load(tmp_path / "x.pth", image_encoder=folders("siglip"), tokenizer="bytes")
+    encoder = modrwkv.read_pretrained("image", folders("siglip"))
+    [seen] = encoder([encoder.load(noise(30, 40))])
+    y = layer(torch.relu(layer(seen, adapter, "proj.0")), adapter, "proj.2")
+    y = y + norm(y, adapter["pre_norm.weight"], adapter["pre_norm.bias"])
+    tokens = model.emb(torch.tensor([*codes("\x16"), 258, *codes(" What?\x17"), 259]))  # User: and Assistant:
+    x, _ = model.hidden(torch.cat([y, tokens])[None])
+    got, _ = model([model.question("What?", [("image", noise(30, 40))])])
+    assert distance(got, model.head(x)) < 1e-5
 
 
 def run(command, cwd, **how):
@@ -2788,7 +3004,6 @@ def test_data_that_is_made_from_files_of_ones_own_says_so(name, tmp_path, monkey
 
 README = (REPO / "README.md").read_text(encoding="utf-8").replace("\\\n", "").split("## The papers' recipes")[1].split("\n## ")[0]
 RECIPES = [shlex.split(line.split("train.py")[1]) for line in README.splitlines() if line.startswith("torchrun")]
-THEIRS = "feature_cache", "adapter_kind", "cls"  # flags that are not there yet
 PUBLISHED = {  # samples in the published data or in the papers' runs, and their learning rate: highest, last
     "see1": (595_375, 1e-3, 0), "see2": (665_298 - 40_688, 2e-5, 0), "hear1": (281_241, 1e-4, 1e-4), "hear2": (281_241, 1e-4, 5e-5),
     "forecast": (441_725, 1e-4, 0), "look1": (576_000, 1e-3, 1e-5), "look2": (1_280_000, 2e-5, 2e-5),
@@ -2797,9 +3012,8 @@ PUBLISHED = {  # samples in the published data or in the papers' runs, and their
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe[-1])
 def test_recipes_of_the_readme_say_what_the_papers_do(recipe):
-    given = [flag for flag in recipe if flag.split("=")[0].lstrip("-") not in THEIRS]
-    s, config, names = sample.flags("about", train.Train, Config, argv=given)
-    assert len(names) == len(given)
+    s, config, names = sample.flags("about", train.Train, Config, argv=recipe)
+    assert len(names) == len(recipe)
     n, highest, last = PUBLISHED[s.out_dir]
     assert abs(s.max_steps * s.batch_size - n) < s.batch_size
     rates = [train.learning_rate(step, s) for step in range(s.max_steps)]
@@ -2834,7 +3048,7 @@ def test_two_stages_by_the_flags_of_the_readme(llava, rwkv6, tmp_path, monkeypat
     others |= {"init_from": rwkv6 / "x.pth"}
     weights = [torch.load(others["init_from"])]
     for recipe in RECIPES[-2:]:
-        flags = dict(flag.lstrip("-").split("=", 1) for flag in recipe if flag.split("=")[0].lstrip("-") not in THEIRS)
+        flags = dict(flag.lstrip("-").split("=", 1) for flag in recipe)
         out = tmp_path / flags["out_dir"]
         flags |= {name: value for name, value in others.items() if name in flags} | {"out_dir": out}
         said(train.main, *(f"--{name}={value}" for name, value in flags.items()), "--eval_samples=1", "--device=cpu")

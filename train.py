@@ -71,6 +71,7 @@ class Train:
     lr_final: float = setting(0.0, "learning rate after the last step")
     loss_reduction: str = setting("token", "token: mean over the answers' tokens; sample: mean over samples of each one's own mean")
     l2wrap: float = setting(0.0, "weight of half the square of the largest logits; 0.0001 in official training")
+    feature_cache: str = setting("", "a folder to keep what pretrained encoders make of each file, so that it is computed once")
     freeze: str = setting("", "parameters to leave as they are, by the beginnings of their names: emb,blocks.0,adapter")
     schedule: str = setting("wsd", "wsd: warm-up, stable, linear decay; cosine: warm-up, half a cosine; constant")
     warmup_steps: int = setting(50, "steps from zero to the peak learning rate")
@@ -466,6 +467,7 @@ def main(argv=None):
     say(f"data: {len(records):,} records to learn from ({', '.join(map(os.path.relpath, paths))}), {len(val):,} held out")
 
     model.to(device).train()
+    model.feature_cache = s.feature_cache
     freeze(model, s.phase, s.freeze)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, s.weight_decay, s.decay_lr), betas=(s.beta1, s.beta2), eps=s.adam_eps, fused=device.type in ("cpu", "cuda")
