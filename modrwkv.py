@@ -43,6 +43,7 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
+import io
 import json
 import math
 import os
@@ -51,6 +52,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -1206,31 +1208,34 @@ class Pretrained(nn.Module):
 
     @functools.cached_property
     def identity(self):
-        """What is the same for the same weights and preparation alone."""
+        """What is the same for the same weights, config and preparation alone, wherever they lie."""
         values = [p.flatten()[:: max(1, p.numel() // 64)].float().cpu().numpy().tobytes() for model in self.models for p in model.parameters()]
-        return hashlib.sha256(b"".join(values) + repr(self.preparations).encode()).hexdigest()
+        configs = [model.config.to_dict() | {"_name_or_path": ""} for model in self.models]
+        return hashlib.sha256(b"".join(values) + repr((configs, self.preparations)).encode()).hexdigest()
 
     def cached(self, path, folder):
         """load(path) and forward as Features, kept in `folder` in float16 (values move by less than 1 / 2,000 of themselves): computed anew
-        when weights, preparation, or the file's place, size or time have changed, or what is kept is damaged."""
+        when weights, config, preparation, or the file's place, size or time have changed, or what is kept does not have its checksum."""
         try:
             about = os.stat(path)
         except OSError:
             return self.load(path)  # it knows what to say
         key = hashlib.sha256(f"{self.identity} {os.path.abspath(path)} {about.st_size} {about.st_mtime_ns}".encode()).hexdigest()
-        kept = os.path.join(folder, key[:2], f"{key}.npy")
-        with contextlib.suppress(OSError, ValueError, EOFError):
-            vectors = np.load(kept)
-            if vectors.ndim == 2 and vectors.shape[1] == self.width:
-                return Features(torch.from_numpy(vectors))
+        kept, sealed = os.path.join(folder, key[:2], key), lambda body: hashlib.sha256(key.encode() + body).digest() + body
+        with contextlib.suppress(OSError):
+            with open(kept, "rb") as f:
+                data = f.read()
+            if data == sealed(data[32:]):
+                return Features(torch.from_numpy(np.load(io.BytesIO(data[32:]))))
         [vectors] = self([self.load(path)])
-        half = vectors.half().cpu()
+        half, body = vectors.half().cpu(), io.BytesIO()
         features = Features(half if half.isfinite().all() else vectors.float().cpu())
+        np.save(body, features.vectors.numpy())
         try:
             os.makedirs(os.path.dirname(kept), exist_ok=True)
-            partial = f"{kept}.{os.getpid()}"  # another process may be at it, too
+            partial = f"{kept}.{os.getpid()}.{threading.get_ident()}"  # other processes, and the thread that loads ahead, may be at it, too
             with open(partial, "wb") as f:
-                np.save(f, features.vectors.numpy())
+                f.write(sealed(body.getvalue()))
             os.replace(partial, kept)
         except OSError as e:
             raise InputError(f"could not keep features in --feature_cache={folder}: {e.strerror}") from e
@@ -1246,6 +1251,10 @@ class Vision(Pretrained):
         self.preparations = preparations
         square = lambda x, *names: tuple(x[name] for name in names) if isinstance(x, dict) else (x, x)
         self.sizes = [square(p["crop_size"] if p.get("do_center_crop") else p["size"], "height", "width") for p in preparations]
+        for model, (height, width) in zip(models, self.sizes):
+            n = model.config.image_size
+            if model.config.model_type != "dinov2" and (height, width) != (n, n):  # whose positions alone are stretched
+                raise InputError(f"{model.config.model_type} takes pictures of {n} x {n}, not {height} x {width} as its preprocessor_config.json says")
         grids = [tuple(n // model.config.patch_size for n in size) for model, size in zip(models, self.sizes)]
         if len(set(grids)) > 1:
             raise InputError(f"encoders joined by + have to see the same grid of patches, not {' and '.join(f'{h} x {w}' for h, w in grids)}")
@@ -1295,7 +1304,7 @@ class Speech(Pretrained):
         """A sound file of any rate, or samples (n,) at 16 kHz, as samples."""
         x = read_sound(path, MelEncoder.RATE) if isinstance(path, str | os.PathLike) else torch.as_tensor(path, dtype=torch.float32)
         if not self.whisper:
-            if self.preparations[0]["do_normalize"]:
+            if self.preparations[0].get("do_normalize", True):
                 x = (x - x.mean()) / (x.var(correction=0) + 1e-7).sqrt()
             x = F.pad(x, (0, max(0, 400 - len(x))))  # the first vector sees so many
         return x
@@ -1335,7 +1344,7 @@ def read_pretrained(kind, names):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     models, preparations = [], []
-    for name in names.split("+") if kind == "image" else [names]:
+    for name in names.split("+") if kind == "image" and not os.path.isdir(names) else [names]:
         place = HUB.get(name, name)
         try:
             if not os.path.isdir(place) and place.count("/") != 1:
@@ -1344,16 +1353,25 @@ def read_pretrained(kind, names):
             if family not in (("siglip", "clip", "dinov2") if kind == "image" else ("wavlm", "whisper")):
                 raise InputError(f"{flag}: {place} is {family}, no encoder of {kind}s of a known family ({known})")
             head = {"vision_use_head": False} if family == "siglip" else {}  # it is not used
-            model = getattr(transformers, MODELS[family]).from_pretrained(place, dtype=torch.float32, **head)
+            model, about = getattr(transformers, MODELS[family]).from_pretrained(place, dtype=torch.float32, output_loading_info=True, **head)
+            if missing := sorted(name for name in about["missing_keys"] if "mask" not in name):  # what is masked in pretraining alone
+                raise InputError(f"{flag}: {place} lacks weights: {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""))
             models.append(model.get_encoder() if family == "whisper" else model)
             with open(transformers.utils.cached_file(place, "preprocessor_config.json"), encoding="utf-8") as f:
-                preparations.append(json.load(f))
+                preparations.append({"rescale_factor": 1 / 255, "resample": 3} | json.load(f))  # older files leave these out
+            if lacking := [name for name in ("size", "image_mean", "image_std") if kind == "image" and name not in preparations[-1]]:
+                raise InputError(f"{flag}: the preprocessor_config.json of {place} has no {lacking[0]}")
         except InputError:
             raise
         except Exception as e:  # huggingface_hub's, safetensors' and transformers' own, OSError, ValueError
-            why = str(e).strip().splitlines()[0]
-            raise InputError(f"{flag}: {place} is neither a folder of a pretrained encoder ({known}) nor could it be fetched: {why}") from e
-    return Vision(models, preparations) if kind == "image" else Speech(models[0], preparations[0])
+            why = (str(e).strip() or type(e).__name__).splitlines()[0]
+            raise InputError(
+                f"{flag}: {place} is neither a folder of a pretrained encoder ({known}) nor could it be fetched: {why}; --{kind}_encoder takes a local folder"
+            ) from e
+    try:
+        return Vision(models, preparations) if kind == "image" else Speech(models[0], preparations[0])
+    except InputError as e:
+        raise InputError(f"{flag}: {e}") from e
 
 
 class AbsentTowers(nn.Module):
@@ -1530,7 +1548,8 @@ class ModRWKV(nn.Module):
 
     def signal(self, kind, path):
         encoder = self.encoder[kind]
-        return encoder.cached(path, self.feature_cache) if self.feature_cache and isinstance(encoder, Pretrained) else encoder.load(path)
+        kept = self.feature_cache and isinstance(encoder, Pretrained) and isinstance(path, str | os.PathLike)
+        return encoder.cached(path, self.feature_cache) if kept else encoder.load(path)
 
     def sample(self, record):
         """The segments of a record of read_records, to learn from; raises InputError naming the record."""

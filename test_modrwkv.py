@@ -22,9 +22,11 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import zipfile
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -2351,10 +2353,34 @@ def test_folders_that_hold_no_encoder(folders, tmp_path):
     ):
         message = refusal(ModRWKV, dataclasses.replace(SMALL, **{f"{kind}_encoder": name}))
         assert message.startswith(f"--{kind}_encoder={name}: ") and word in message and "dinov2" in message
-    shutil.copytree(folders("dinov2"), tmp_path / "cut")
-    weights = tmp_path / "cut" / "model.safetensors"
+    cut = Path(shutil.copytree(folders("clip"), tmp_path / "cut"))
+    weights, preparation = cut / "model.safetensors", cut / "preprocessor_config.json"
+    whole, said = modrwkv.read_safetensors(str(weights)), json.loads(preparation.read_text())
+    for change, word in (({"size": None}, "no size"), ({"image_mean": None}, "no image_mean"), ({"crop_size": 24}, "32 x 32, not 24 x 24")):
+        preparation.write_text(json.dumps({k: v for k, v in (said | change).items() if v is not None}))
+        message = refusal(modrwkv.read_pretrained, "image", str(cut))
+        assert message.startswith(f"--image_encoder={cut}: ") and word in message
+    preparation.write_text(json.dumps(said))
+    modrwkv.write(str(weights), {name: x for name, x in whole.items() if "layers.1.mlp.fc1" not in name})  # the library fills these with noise
+    message = refusal(modrwkv.read_pretrained, "image", str(cut))
+    assert message.startswith(f"--image_encoder={cut}: ") and "layers.1.mlp.fc1.bias and 1 more" in message
     weights.write_bytes(weights.read_bytes()[:1000])
-    assert str(tmp_path / "cut") in refusal(modrwkv.read_pretrained, "image", str(tmp_path / "cut"))
+    assert str(cut) in refusal(modrwkv.read_pretrained, "image", str(cut))
+
+
+@torch.no_grad()
+def test_preparations_as_older_folders_have_them(folders, tmp_path):
+    """Sizes as numbers and no rescale_factor; and a folder with a + in its name."""
+    import transformers as hf
+
+    folder = Path(shutil.copytree(folders("clip"), tmp_path / "c++"))
+    said = json.loads((folder / "preprocessor_config.json").read_text())
+    old = {name: said[name] for name in ("do_center_crop", "do_normalize", "do_resize", "image_mean", "image_std", "resample")}
+    old |= {"crop_size": 32, "size": 40, "feature_extractor_type": "CLIPFeatureExtractor"}
+    (folder / "preprocessor_config.json").write_text(json.dumps(old))
+    encoder, processor = modrwkv.read_pretrained("image", str(folder)), hf.CLIPImageProcessorPil.from_pretrained(folder)
+    want = hf.CLIPVisionModel.from_pretrained(folder)(**processor([noise(57, 40)], return_tensors="pt")).last_hidden_state[0]
+    assert distance(encoder([encoder.load(noise(57, 40))])[0], want) < 1e-5
 
 
 def test_a_model_finds_its_encoder_again(folders, tmp_path, monkeypatch):
@@ -2393,11 +2419,24 @@ def test_features_are_kept_only_while_they_are_true(folders, tmp_path):
     assert torch.equal(keep(), first) and len(files()) == 1
     [file] = files()
     whole = file.read_bytes()
-    for damage in (b"", whole[:100], whole[:-7], b"something else", whole.replace(b"(16, 32)", b"(32, 16)")):
+    archive = io.BytesIO()
+    np.savez(archive, np.ones(3))
+    flipped = [whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :] for i in (0, 32, 40, 60, 200, len(whole) - 1)]
+    shapes = whole.replace(b"(16, 32)", b"(32, 16)"), whole.replace(b"(16, 32)", b"(9999999999, 32)")
+    for damage in (b"", whole[:100], whole[:-7], b"something else", whole[32:], archive.getvalue(), b"PK\x03\x04", *shapes, *flipped):
         file.write_bytes(damage)
         assert torch.equal(keep(), first) and file.read_bytes() == whole
     noise(41, 50).save(tmp_path / "x.png")
     assert not torch.equal(keep(), first) and len(files()) == 2
+    [new] = set(files()) - {file}
+    right = new.read_bytes()
+    new.write_bytes(whole)  # whole, but another picture's
+    assert not torch.equal(keep(), first) and new.read_bytes() == right
+    assert sorted(Path(cache).rglob("*.*")) == []  # nothing half written
+    changed = Path(shutil.copytree(folders("siglip"), tmp_path / "changed")) / "config.json"
+    assert modrwkv.read_pretrained("image", str(changed.parent)).identity == encoder.identity
+    changed.write_text(changed.read_text().replace("gelu_pytorch_tanh", "relu"))
+    assert modrwkv.read_pretrained("image", str(changed.parent)).identity != encoder.identity
     other = modrwkv.read_pretrained("image", folders("siglip, both towers"))
     assert other.identity != encoder.identity == modrwkv.read_pretrained("image", folders("siglip")).identity
     assert not torch.equal(keep(other), keep()) and len(files()) == 3
@@ -2406,6 +2445,23 @@ def test_features_are_kept_only_while_they_are_true(folders, tmp_path):
     assert keep(big).dtype == torch.float32 and keep(big).isfinite().all()
     assert "x.jpg" in refusal(encoder.cached, "x.jpg", cache) and "no such" in refusal(encoder.cached, "x.jpg", cache)
     assert "--feature_cache" in refusal(encoder.cached, str(tmp_path / "x.png"), str(file) + "/no")
+
+
+def test_threads_keep_the_same_features_at_once(folders, tmp_path):
+    """As when records are loaded ahead while held-out ones are scored."""
+    encoder = modrwkv.read_pretrained("image", folders("siglip"))
+    path, gate = tmp_path / "x.png", threading.Barrier(4)
+    noise(40, 50).save(path)
+    assert encoder.identity  # computed before, so that they meet where files are written
+
+    def at_once(folder):
+        gate.wait()
+        return encoder.cached(str(path), folder).vectors
+
+    with ThreadPoolExecutor(4) as pool:
+        for i in range(20):
+            first, *others = pool.map(at_once, [str(tmp_path / f"{i}")] * 4)
+            assert all(torch.equal(first, other) for other in others)
 
 
 @torch.no_grad()
