@@ -1349,7 +1349,8 @@ def read_pretrained(kind, names):
         try:
             if not os.path.isdir(place) and place.count("/") != 1:
                 raise OSError("no such folder")
-            family = transformers.AutoConfig.from_pretrained(place).model_type.removesuffix("_vision_model")
+            about = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)  # else it offers to run the folder's own code
+            family = about.model_type.removesuffix("_vision_model")
             if family not in (("siglip", "clip", "dinov2") if kind == "image" else ("wavlm", "whisper")):
                 raise InputError(f"{flag}: {place} is {family}, no encoder of {kind}s of a known family ({known})")
             head = {"vision_use_head": False} if family == "siglip" else {}  # it is not used

@@ -2383,6 +2383,17 @@ def test_preparations_as_older_folders_have_them(folders, tmp_path):
     assert distance(encoder([encoder.load(noise(57, 40))])[0], want) < 1e-5
 
 
+def test_the_code_of_a_folder_is_not_run(tmp_path, monkeypatch):
+    """Even if the library asked whether to, and the answer were yes."""
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "odd", "auto_map": {"AutoConfig": "odd.Odd"}}))
+    code = f"import transformers\nopen({str(tmp_path / 'ran')!r}, 'w')\nclass Odd(transformers.PretrainedConfig):\n    model_type = 'odd'\n"
+    (tmp_path / "odd.py").write_text(code)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    assert refusal(modrwkv.read_pretrained, "image", str(tmp_path)).startswith(f"--image_encoder={tmp_path}: ")
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_model_finds_its_encoder_again(folders, tmp_path, monkeypatch):
     """Trained with a cache of features and without, stored, loaded, moved."""
     shutil.copytree(folders("dinov2"), tmp_path / "eyes")
@@ -2406,6 +2417,11 @@ def test_a_model_finds_its_encoder_again(folders, tmp_path, monkeypatch):
     assert f"--image_encoder={tmp_path / 'eyes'}" in message
     got, _ = load(tmp_path / "plain", image_encoder=str(tmp_path / "moved"))([question])
     assert torch.equal(got, want)
+    more = "--resume", "--max_steps=5"
+    assert f"--image_encoder={tmp_path / 'eyes'}" in refusal(learn, tmp_path / "plain", (data, data), *more)
+    assert "was trained with image_encoder" in refusal(learn, tmp_path / "plain", (data, data), *more, "--image_encoder=patch")
+    learn(tmp_path / "plain", (data, data), *more, f"--image_encoder={tmp_path / 'moved'}")
+    assert len(column(tmp_path / "plain", "loss")) == 5 and load(tmp_path / "plain").config.image_encoder == str(tmp_path / "moved")
 
 
 def test_features_are_kept_only_while_they_are_true(folders, tmp_path):

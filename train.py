@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 import modrwkv
 from modrwkv import (
+    ENCODERS,
     MARK,
     Config,
     InputError,
@@ -396,11 +397,13 @@ def start(s, config, given, suited):
         ckpt = read_checkpoint(ckpt_path)
         if "train" not in ckpt:
             raise InputError(f"{ckpt_path} was not written by train.py: start from its weights with --init_from")
-        wrong = [k for k in given & names if ckpt["config"].get(k, Config.__dataclass_fields__[k].default) != getattr(config, k)]
+        scratch = {"none", None, *ENCODERS["image"], *ENCODERS["audio"]}
+        moved = {k: getattr(config, k) for k in given & {"image_encoder", "audio_encoder"} if not {ckpt["config"].get(k), getattr(config, k)} & scratch}
+        wrong = [k for k in given & names - set(moved) if ckpt["config"].get(k, Config.__dataclass_fields__[k].default) != getattr(config, k)]
         if wrong:
             raise InputError(f"{ckpt_path} was trained with {wrong[0]}={ckpt['config'].get(wrong[0])}: choose another --out_dir to change that")
         old = {k: v for k, v in ckpt["train"].items() if k not in given}
-        return ckpt, Train(**asdict(s) | old | {"resume": True, "out_dir": s.out_dir}), build(ckpt, ckpt_path)
+        return ckpt, Train(**asdict(s) | old | {"resume": True, "out_dir": s.out_dir}), build(ckpt, ckpt_path, **moved)
     if os.path.exists(ckpt_path):
         raise InputError(f"{ckpt_path} exists: go on training it with --resume, or choose another --out_dir")
     if s.init_from:
