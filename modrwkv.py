@@ -1366,9 +1366,8 @@ def read_pretrained(kind, names):
             raise
         except Exception as e:  # huggingface_hub's, safetensors' and transformers' own, OSError, ValueError
             why = (str(e).strip() or type(e).__name__).splitlines()[0]
-            raise InputError(
-                f"{flag}: {place} is neither a folder of a pretrained encoder ({known}) nor could it be fetched: {why}; --{kind}_encoder takes a local folder"
-            ) from e
+            here = ", ".join([*ENCODERS[kind], "none"])
+            raise InputError(f"{flag}: {place} is none of {here}, nor a folder or hub id of a pretrained encoder ({known}) that can be read: {why}") from e
     try:
         return Vision(models, preparations) if kind == "image" else Speech(models[0], preparations[0])
     except InputError as e:
