@@ -500,6 +500,18 @@ static inline void sums(const vec* x, float* out) {
     memcpy(out, &all, sizeof all);
 }
 
+// y (columns, rows) from x (rows, columns), both dense, multiples of 4.
+static inline void transpose(const float* x, int rows, int columns, float* y) {
+    for (int i = 0; i < rows; i += 4)
+        for (int j = 0; j < columns; j += 4) {
+            vec4 in[4];
+            for (int n = 0; n < 4; n++) memcpy(in + n, x + (i + n) * columns + j, sizeof(vec4));
+            vec4 low[] = {PICK(in[0], in[1], 0, 4, 1, 5), PICK(in[2], in[3], 0, 4, 1, 5)}, high[] = {PICK(in[0], in[1], 2, 6, 3, 7), PICK(in[2], in[3], 2, 6, 3, 7)};
+            vec4 out[] = {PICK(low[0], low[1], 0, 1, 4, 5), PICK(low[0], low[1], 2, 3, 6, 7), PICK(high[0], high[1], 0, 1, 4, 5), PICK(high[0], high[1], 2, 3, 6, 7)};
+            for (int n = 0; n < 4; n++) memcpy(y + (j + n) * rows + i, out + n, sizeof(vec4));
+        }
+}
+
 // One head's share of the arguments; at(t) is its step t.
 template <int N>
 struct Head {
@@ -509,58 +521,66 @@ struct Head {
     // The inputs of `steps` steps in one place: (B, T, H, N) would have them share few lines of the cache.
     void gather(float (*x)[INPUTS][N], int64_t t0, int steps) const {
         for (int t = 0; t < steps; t++)
-            for (int i = 0; i < INPUTS; i++)
-                for (int j = 0; j < N; j += LANES) {
-                    vec value = load(in[i] + (t0 + t) * stride + j);
-                    store(x[t][i] + j, i == W ? exp(value) : value);  // from here on W is the decay itself
-                }
+            for (int j = 0; j < N; j += LANES) {
+                int64_t at = (t0 + t) * stride + j;
+                for (int i : {R, K, A, B}) store(x[t][i] + j, load(in[i] + at));
+                store(x[t][W] + j, exp(load(in[W] + at)));  // from here on W is the decay itself
+            }
     }
 
-    // Asks for the inputs of a step that will be gathered next, while each block of rows computes: no machine foresees these strides.
-    void ask_for(int64_t t, int row) const {
-        for (int i = row / ROWS; i <= INPUTS; i += N / ROWS)
+    // Asks for the inputs of a step that will be gathered next, while the first rows compute: no machine foresees these strides.
+    void ask_for(int64_t t, int share, int shares) const {
+        for (int i = share; i <= INPUTS; i += shares)
             for (int j = 0; j < N; j += 16) __builtin_prefetch((i < INPUTS ? in[i] : v) + t * stride + j);
     }
 };
 
-// y_t and S_T of rows [first, last). kept: per segment of STEPS steps the state at its start, then each step's S a.
+// y_t and S_T of rows [first, last), a block of them side by side in two vectors, which spares S a and S r the sums over lanes; S_t's columns
+// meet a_{t+1} while they are at hand. kept: per segment of STEPS steps the state at its start, then each step's u = S a.
 template <int N>
 static void forward_rows(Head<N> head, int first, int last, float* state, float* y, float* kept) {
-    alignas(64) float x[STEPS][INPUTS][N];
+    constexpr int VECS = N < 2 * LANES ? 1 : 2, ROWS = VECS * LANES;
+    alignas(64) float x[STEPS + 1][INPUTS][N] = {}, S[N * N], u_[N] = {};
+    for (int row = first; row < last; row += ROWS) {
+        transpose(state + row * N, ROWS, N, S + row * N);
+        for (int j = 0; j < N; j++)
+            for (int i = 0; i < ROWS; i += LANES) store(u_ + row + i, load(u_ + row + i) + load(S + row * N + j * ROWS + i) * head.in[A][j]);
+    }
     for (int64_t t0 = 0; t0 < head.T; t0 += STEPS) {
         int steps = head.T - t0 < STEPS ? head.T - t0 : STEPS;
-        head.gather(x, t0, steps);
+        head.gather(x, t0, head.T - t0 < STEPS + 1 ? head.T - t0 : STEPS + 1);
         for (int row = first; row < last; row += ROWS) {
-            float* S = state + row * N;
-            if (kept) memcpy(kept + row * N, S, 4 * ROWS * N);
+            if (kept) transpose(S + row * N, N, ROWS, kept + row * N);
+            vec u[VECS];
+            for (int i = 0; i < VECS; i++) u[i] = load(u_ + row + i * LANES);
             for (int t = 0; t < steps; t++) {
                 int64_t at = (t0 + t) * head.stride + row;
-                float v[ROWS], u[ROWS], out[ROWS];
-                memcpy(v, head.v + at, sizeof v);
-                head.ask_for(t0 + STEPS + t, row);
-                vec dot[ROWS] = {};
-                for (int j = 0; j < N; j += LANES) {
-                    vec a = load(x[t][A] + j);
-                    for (int i = 0; i < ROWS; i++) dot[i] += load(S + i * N + j) * a;
+                vec v[VECS], out[VECS] = {}, next[VECS] = {};
+                for (int i = 0; i < VECS; i++) {
+                    v[i] = load(head.v + at + i * LANES);
+                    if (kept) store(kept + (N + t) * N + row + i * LANES, u[i]);
                 }
-                for (int i = 0; i < ROWS; i += 4) sums(dot + i, u + i);
-                vec dot_y[ROWS] = {};
-                for (int j = 0; j < N; j += LANES) {
-                    vec r = load(x[t][R] + j), d = load(x[t][W] + j), k = load(x[t][K] + j), b = load(x[t][B] + j);
-                    for (int i = 0; i < ROWS; i++) {
-                        vec s = load(S + i * N + j) * d + u[i] * b + v[i] * k;
-                        store(S + i * N + j, s);
-                        dot_y[i] += s * r;
+                head.ask_for(t0 + STEPS + t, (row - first) / ROWS, (last - first) / ROWS);
+                float* s = S + row * N;
+                for (int j = 0; j < N; j++)
+                    for (int i = 0; i < VECS; i++, s += LANES) {
+                        vec value = load(s) * x[t][W][j] + v[i] * x[t][K][j];
+                        value += u[i] * x[t][B][j];
+                        store(s, value);
+                        out[i] += value * x[t][R][j];
+                        next[i] += value * x[t + 1][A][j];
                     }
+                for (int i = 0; i < VECS; i++) {
+                    store(y + at + i * LANES, out[i]);
+                    u[i] = next[i];
                 }
-                for (int i = 0; i < ROWS; i += 4) sums(dot_y + i, out + i);
-                memcpy(y + at, out, sizeof out);
-                if (kept) memcpy(kept + (N + t) * N + row, u, sizeof u);
             }
+            for (int i = 0; i < VECS; i++) store(u_ + row + i * LANES, u[i]);
             for (int t = steps; kept && t < STEPS; t++) memset(kept + (N + t) * N + row, 0, 4 * ROWS);
         }
         if (kept) kept += (N + STEPS) * N;
     }
+    for (int row = first; row < last; row += ROWS) transpose(S + row * N, N, ROWS, state + row * N);
 }
 
 // The gradients, from the last segment to the first. G is dL/dS, and with u = S_{t-1} a, row by row,
@@ -568,12 +588,12 @@ static void forward_rows(Head<N> head, int first, int last, float* state, float*
 //     dw = d * sum_i G * S_{t-1},  da = S_{t-1}^T du,  G <- G diag(d) + du a^T.
 template <int N>
 static void backward_rows(Head<N> head, int first, int last, const float* kept, const float* dy, float* const* grad, float* dv, float* dstate) {
-    alignas(64) float x[STEPS][INPUTS][N], dx[STEPS][INPUTS][N], S[STEPS + 1][ROWS * N];
+    alignas(64) float x[STEPS][INPUTS][N], dx[STEPS][INPUTS][N], S[STEPS][ROWS * N], uy[STEPS], vy[STEPS];
     for (int64_t t0 = (head.T - 1) / STEPS * STEPS; t0 >= 0; t0 -= STEPS) {
         int steps = head.T - t0 < STEPS ? head.T - t0 : STEPS;
         const float* segment = kept + t0 / STEPS * (N + STEPS) * N;
         head.gather(x, t0, steps);
-        memset(dx, 0, sizeof dx);
+        memset(dx, 0, sizeof dx), memset(uy, 0, sizeof uy), memset(vy, 0, sizeof vy);
         for (int row = first; row < last; row += ROWS) {
             float v[STEPS][ROWS], u[STEPS][ROWS], g_y[STEPS][ROWS], g_v[STEPS][ROWS], g_u[ROWS];
             memcpy(S[0], segment + row * N, sizeof S[0]);
@@ -581,54 +601,55 @@ static void backward_rows(Head<N> head, int first, int last, const float* kept, 
                 memcpy(v[t], head.v + (t0 + t) * head.stride + row, sizeof v[t]);
                 memcpy(u[t], segment + (N + t) * N + row, sizeof u[t]);
                 memcpy(g_y[t], dy + (t0 + t) * head.stride + row, sizeof g_y[t]);
-                head.ask_for(t0 - STEPS + t, row);
-                for (int j = 0; j < N; j += LANES) {
+                head.ask_for(t0 - STEPS + t, (row - first) / ROWS, (last - first) / ROWS);
+                for (int j = 0; t + 1 < steps && j < N; j += LANES) {
                     vec d = load(x[t][W] + j), k = load(x[t][K] + j), b = load(x[t][B] + j);
                     for (int i = 0; i < ROWS; i++) store(S[t + 1] + i * N + j, load(S[t] + i * N + j) * d + u[t][i] * b + v[t][i] * k);
                 }
             }
             for (int t = steps - 1; t >= 0; t--) {
+                for (int i = 0; i < ROWS; i++) uy[t] += u[t][i] * g_y[t][i], vy[t] += v[t][i] * g_y[t][i];
                 float* G = dstate + row * N;
                 for (int half = 0; half < ROWS; half += 4) {  // eight rows would need more registers than there are
-                    float* G4 = G + half * N;
-                    const float *S4 = S[t + 1] + half * N, *y4 = g_y[t] + half;
                     vec dot_v[4] = {}, dot_u[4] = {};
                     for (int j = 0; j < N; j += LANES) {
-                        vec r = load(x[t][R] + j), k = load(x[t][K] + j), b = load(x[t][B] + j), dr = load(dx[t][R] + j);
+                        vec r = load(x[t][R] + j), k = load(x[t][K] + j), b = load(x[t][B] + j);
                         for (int i = 0; i < 4; i++) {
-                            vec g = load(G4 + i * N + j) + y4[i] * r;
-                            store(G4 + i * N + j, g);
-                            dr += y4[i] * load(S4 + i * N + j);
+                            float* at = G + (half + i) * N + j;
+                            vec g = load(at) + g_y[t][half + i] * r;
+                            store(at, g);
                             dot_v[i] += g * k;
                             dot_u[i] += g * b;
                         }
-                        store(dx[t][R] + j, dr);
                     }
-                    sums(dot_v, g_v[t] + half);
-                    sums(dot_u, g_u + half);
+                    sums(dot_v, g_v[t] + half), sums(dot_u, g_u + half);
                 }
                 for (int j = 0; j < N; j += LANES) {
-                    vec d = load(x[t][W] + j), a = load(x[t][A] + j);
+                    vec d = load(x[t][W] + j), a = load(x[t][A] + j), dr = load(dx[t][R] + j);
                     vec dd = load(dx[t][W] + j), dk = load(dx[t][K] + j), da = load(dx[t][A] + j), db = load(dx[t][B] + j);
+                    _Pragma("GCC unroll 2")  // more would take the registers that the sums are in
                     for (int i = 0; i < ROWS; i++) {
                         vec g = load(G + i * N + j), s = load(S[t] + i * N + j);
+                        dr += g_y[t][i] * s;
                         dd += g * s;
                         dk += v[t][i] * g;
                         da += g_u[i] * s;
                         db += u[t][i] * g;
                         store(G + i * N + j, g * d + g_u[i] * a);
                     }
-                    store(dx[t][W] + j, dd), store(dx[t][K] + j, dk), store(dx[t][A] + j, da), store(dx[t][B] + j, db);
+                    store(dx[t][W] + j, dd), store(dx[t][K] + j, dk), store(dx[t][A] + j, da), store(dx[t][B] + j, db), store(dx[t][R] + j, dr);
                 }
             }
             for (int t = 0; t < steps; t++) memcpy(dv + (t0 + t) * head.stride + row, g_v[t], sizeof g_v[t]);
         }
         for (int t = 0; t < steps; t++)
-            for (int i = 0; i < INPUTS; i++)
-                for (int j = 0; j < N; j += LANES) {
-                    vec value = load(dx[t][i] + j);
-                    store(grad[i] + (t0 + t) * head.stride + j, i == W ? value * load(x[t][W] + j) : value);
-                }
+            for (int j = 0; j < N; j += LANES) {
+                vec d = load(x[t][W] + j);
+                float* at = dx[t][0] + j;
+                store(at, load(at) * d + uy[t] * load(x[t][B] + j) + vy[t] * load(x[t][K] + j));
+                store(at + W * N, load(at + W * N) * d);
+                for (int i = 0; i < INPUTS; i++) store(grad[i] + (t0 + t) * head.stride + j, load(at + i * N));
+            }
     }
 }
 
