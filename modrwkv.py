@@ -64,6 +64,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageChops
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
 
 class InputError(ValueError):
@@ -1491,6 +1492,9 @@ def reorder(x, order):
 class ModRWKV(nn.Module):
     """The language model, with an encoder and an adapter for each kind of signal."""
 
+    feature_cache = ""  # a folder: Pretrained.cached
+    checkpoint_activations = False  # in training keep what enters a block alone, and run the block again in the backward pass
+
     def __init__(self, config, vocab_size=None, ranks=None, hidden=None):
         """vocab_size, ranks of the low-rank matrices and hidden width of the FFN: read off a checkpoint, else official. With ranks,
         the language model has no initial values, which take a minute for half a billion parameters: the checkpoint fills it."""
@@ -1515,7 +1519,7 @@ class ModRWKV(nn.Module):
             self.ln_out = nn.LayerNorm(C)
             self.head = nn.Linear(C, V, bias=False)
             nn.init.orthogonal_(self.head.weight, 0.5 * max(1, V / C) ** 0.5)
-        self.encoder, self.adapter, self.feature_cache = nn.ModuleDict(), nn.ModuleDict(), ""  # a folder: Pretrained.cached
+        self.encoder, self.adapter = nn.ModuleDict(), nn.ModuleDict()
         for kind in MEDIA:
             name = getattr(config, f"{kind}_encoder")
             if kind == "series" and name not in ENCODERS[kind] and name != "none":
@@ -1659,6 +1663,8 @@ class ModRWKV(nn.Module):
         v_first, new = None, []
         for layer, (block, s) in enumerate(zip(self.blocks, state or [(None, None, None)] * len(self.blocks))):
             order = orders[layer % len(orders)]
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                block = functools.partial(checkpoint, block, use_reentrant=False)
             if order is None:
                 x, v_first, s = block(x, v_first, s, lengths)
             else:  # the residual stream keeps its order between the layers

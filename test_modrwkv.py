@@ -1658,6 +1658,28 @@ def test_prompt_styles_of_several_pictures_and_short_answers():
     assert ask("sandwich", "No picture?") == "User: No picture?\n\nAssistant:"
 
 
+@pytest.mark.parametrize("rwkv", [6, 7])
+@pytest.mark.parametrize("scan", ["uni", "multi"])
+def test_blocks_that_run_twice_learn_the_same(rwkv, scan):
+    """Activation checkpointing, with pictures that layers reorder, samples of unequal length and a forecast in one batch."""
+    model = randomise(ModRWKV(dataclasses.replace(SMALL, rwkv=rwkv, scan=scan, n_layer=4, adapter_scale=1))).double().train()
+    samples = [[text("ab"), picture(1, 4), ("answer", codes("cd"))], [("answer", codes("a longer one, without a picture"))]]
+    samples.append(model.window(torch.randn(90, generator=torch.Generator().manual_seed(1)).double(), random.Random(1))[:1])
+    found, sizes = [], []
+    for model.checkpoint_activations in (False, True):
+        kept = {}  # of storages, what autograd keeps between the passes
+        keep = lambda x: kept.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}) or x
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = model.loss(samples)
+        model.zero_grad()
+        loss.backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None} | {"loss": loss.detach()})
+        sizes.append(sum(kept.values()) - sum(p.untyped_storage().nbytes() for p in model.parameters() if p.untyped_storage().data_ptr() in kept))
+    assert found[0].keys() == found[1].keys() and len(found[0]) > 100
+    assert all(torch.equal(found[1][name], x) for name, x in found[0].items())
+    assert sizes[1] < sizes[0] / 4
+
+
 def test_loss_reductions_and_l2wrap(model):
     samples = [[text("ab"), ("answer", codes("cdef"))], [text("a"), ("answer", codes("b"))], [text("only")]]
     with torch.no_grad():

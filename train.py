@@ -66,6 +66,7 @@ class Train:
     max_steps: int = setting(1300, "optimizer steps")
     batch_size: int = setting(64, "samples per step, over all processes")
     grad_accum: int = setting(1, "micro-batches per step and process")
+    checkpoint_activations: bool = setting(False, "keep only what enters each block and run it again in the backward pass: slower, much less memory")
     ctx_len: int = setting(256, "a longer text is read in windows of so many tokens; conversations are read whole")
     level_steps: int = setting(30, 'curriculum: records with a "level" above 1 join one level after another, each so many steps later')
     learning_rate: float = setting(2e-3, "peak learning rate")
@@ -470,7 +471,7 @@ def main(argv=None):
     say(f"data: {len(records):,} records to learn from ({', '.join(map(os.path.relpath, paths))}), {len(val):,} held out")
 
     model.to(device).train()
-    model.feature_cache = s.feature_cache
+    model.feature_cache, model.checkpoint_activations = s.feature_cache, s.checkpoint_activations
     freeze(model, s.phase, s.freeze)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, s.weight_decay, s.decay_lr), betas=(s.beta1, s.beta2), eps=s.adam_eps, fused=device.type in ("cpu", "cuda")
