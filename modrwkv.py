@@ -592,7 +592,9 @@ def wkv7(r, w, k, v, a, b, state=None):
 def shift(x, last, lengths):
     """(the token before each, the last real token): (B, T, C), (B, C). `last` is the one before x, or None for zeros."""
     before = F.pad(x, (0, 0, 1, -1)) if last is None else torch.cat([last[:, None].to(x.dtype), x[:, :-1]], 1)
-    return before, x[:, -1] if lengths is None else x[torch.arange(len(x), device=x.device), lengths - 1]
+    if lengths is None:
+        return before, x[:, -1].clone()  # a view would hold all of x in memory
+    return before, x[torch.arange(len(x), device=x.device), lengths - 1]
 
 
 def real_steps(T, lengths):
@@ -822,13 +824,14 @@ class Block(nn.Module):
         self.ffn = channel_mix(config.n_layer, C, layer, hidden)
 
     def forward(self, x, v_first, state, lengths):
-        """state: (last token of ln1, S, last token of ln2), each None at the start of a sequence."""
+        """state: (last token of ln1, S, last token of ln2), each None at the start of a sequence.
+        Returns: x; v_first where it is made, else None, since FSDP takes what a block returns for the block's own; the new state."""
         if hasattr(self, "ln0"):
             x = self.ln0(x)
-        y, v_first, x_att, S = self.att(self.ln1(x), v_first, state[0], state[1], lengths)
+        y, v, x_att, S = self.att(self.ln1(x), v_first, state[0], state[1], lengths)
         x = x + y
         y, x_ffn = self.ffn(self.ln2(x), state[2], lengths)
-        return x + y, v_first, (x_att, S, x_ffn)
+        return x + y, v if v_first is None else None, (x_att, S, x_ffn)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1666,10 +1669,11 @@ class ModRWKV(nn.Module):
             if self.checkpoint_activations and torch.is_grad_enabled():
                 block = functools.partial(checkpoint, block, use_reentrant=False)
             if order is None:
-                x, v_first, s = block(x, v_first, s, lengths)
+                x, v, s = block(x, v_first, s, lengths)
+                v_first = v if v_first is None else v_first
             else:  # the residual stream keeps its order between the layers
                 back = order.argsort(1)
-                x, v, s = block(reorder(x, order), reorder(v_first, order) if v_first is not None else None, s, lengths)
+                x, _, s = block(reorder(x, order), reorder(v_first, order) if v_first is not None else None, s, lengths)
                 x = reorder(x, back)
             new.append(s)
         return self.ln_out(x), new

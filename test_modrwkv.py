@@ -3632,7 +3632,7 @@ def unequal(tmp_path_factory):
         records.append(rng.choice((seen, talk(question, answer), talk(question, answer), plain)))
     (folder / "a.json").write_text(json.dumps(records))
     data = folder / "a.json", jsonl(folder / "val.jsonl", *records[:3], {"text": "hold me"})
-    flags = ("--batch_size=16", "--max_steps=12", "--warmup_steps=4")
+    flags = ("--batch_size=16", "--max_steps=20", "--warmup_steps=4")
     learn(folder / "out", data, *flags)
     return folder / "out", data, flags
 
@@ -3655,18 +3655,44 @@ def test_micro_batches_change_nothing(unequal, tmp_path):
     assert_equal_runs(tmp_path, out)
 
 
-def test_two_processes_change_nothing(unequal, tmp_path):
+def two_processes(out, data, *flags):
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", REPO / "train.py", *TINY, "--grad_accum=2", *flags]
+    result = run([*command, f"--data={data[0]}", f"--val_data={data[1]}", f"--out_dir={out}"], cwd=out.parent)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("2 processes") == result.stdout.count("held-out loss") == 1  # one process speaks
+
+
+@pytest.mark.parametrize("how", ["--shard=False", "--shard"])
+def test_two_processes_change_nothing(how, unequal, tmp_path):
+    """Whether each has all the weights or its part of them."""
     out, data, flags = unequal
     pictured = lambda m: any(kind == "image" for x in m for kind, _ in x)
     seen = [[list(map(pictured, micro)) for micro in micro_batches(data[0], rank, 2, 2)] for rank in (0, 1)]
     assert any(a[-1] != b[-1] for a, b in zip(*seen))  # one process without a picture while the other has some
     assert [True, False] in seen[0] + seen[1]  # and pictures that only a micro-batch before the exchange has seen
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", REPO / "train.py", *TINY]
-    command += [ f"--data={data[0]}", f"--val_data={data[1]}", f"--out_dir={tmp_path}", *flags, "--grad_accum=2"]
-    result = run(command, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert_equal_runs(tmp_path, out)
-    assert result.stdout.count("2 processes") == result.stdout.count("held-out loss") == 1  # one process speaks
+    two_processes(tmp_path / "out", data, *flags, how)
+    assert_equal_runs(tmp_path / "out", out)
+    assert all(distance(x, kept(out)[name]) < 1e-3 for name, x in kept(tmp_path / "out").items())
+
+
+@pytest.mark.parametrize("phase", ["all", "adapter"])
+def test_one_process_goes_on_with_shards_and_two_with_the_whole(phase, unequal, tmp_path):
+    _, data, flags = unequal
+    flags = (*flags, "--schedule=constant", "--checkpoint_activations")
+    if phase == "adapter":  # of a model that says something: as it starts, its blocks pass nothing on
+        save(tmp_path / "lm.pt", randomise(ModRWKV(Config(n_layer=2, n_embd=64, head_size=32, image_encoder="none"))))
+        flags = (*flags, "--phase=adapter", f"--init_from={tmp_path / 'lm.pt'}", "--image_encoder=patch")
+    assert "several processes" in refusal(learn, tmp_path / "no", data, "--shard")
+    learn(tmp_path / "whole", data, *flags)
+    if phase == "all":
+        two_processes(tmp_path / "parts", data, *flags, "--max_steps=8", "--shard")
+        learn(tmp_path / "parts", data, *flags, "--resume")
+    else:
+        learn(tmp_path / "parts", data, *flags, "--max_steps=8")
+        two_processes(tmp_path / "parts", data, *flags, "--resume", "--shard")
+    for key in ("loss", "grad_norm"):
+        assert column(tmp_path / "parts", key) == pytest.approx(column(tmp_path / "whole", key), rel=1e-4)
+    assert column(tmp_path / "parts", "val_loss")[-1] == pytest.approx(column(tmp_path / "whole", "val_loss")[-1], abs=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------- sample.py

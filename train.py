@@ -4,10 +4,12 @@
     python train.py --data=my.jsonl --out_dir=mine              your own pictures
     python train.py --data=shakespeare --out_dir=plays          text alone
     python train.py --out_dir=mine --resume                     goes on where it was stopped or killed
-    torchrun --nproc_per_node=2 train.py --batch_size=128       the batch is the global one
+    torchrun --nproc_per_node=2 train.py --batch_size=128       the batch is the global one; --shard for what is too large for one GPU
 """
 
 import contextlib
+import copy
+import datetime
 import functools
 import itertools
 import json
@@ -35,6 +37,7 @@ import modrwkv
 from modrwkv import (
     ENCODERS,
     MARK,
+    MEDIA,
     Config,
     InputError,
     ModRWKV,
@@ -66,6 +69,7 @@ class Train:
     max_steps: int = setting(1300, "optimizer steps")
     batch_size: int = setting(64, "samples per step, over all processes")
     grad_accum: int = setting(1, "micro-batches per step and process")
+    shard: bool = setting(False, "under torchrun: each process keeps its part of the weights, gradients and moments (FSDP2)")
     checkpoint_activations: bool = setting(False, "keep only what enters each block and run it again in the backward pass: slower, much less memory")
     ctx_len: int = setting(256, "a longer text is read in windows of so many tokens; conversations are read whole")
     level_steps: int = setting(30, 'curriculum: records with a "level" above 1 join one level after another, each so many steps later')
@@ -252,7 +256,49 @@ class Loss(torch.nn.Module):
         self.model, self.settings = model, settings
 
     def forward(self, samples, count):
-        return self.model.loss(samples, count, self.settings.loss_reduction, self.settings.l2wrap)
+        loss = self.model.loss(samples, count, self.settings.loss_reduction, self.settings.l2wrap)
+        if torch.is_grad_enabled() and not loss.requires_grad:  # texts, while adapters alone learn
+            loss = loss + 0 * sum(p.sum() for p in self.parameters() if p.requires_grad)
+        return loss
+
+
+def shard(objective, device, world):
+    """FSDP2: each process keeps its part of every parameter, gradient and moment; a block is whole while it runs."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard  # takes more than a second
+
+    blocks, mesh = objective.model.blocks, init_device_mesh(device.type, (world,))
+    for module in (*blocks, objective):
+        fully_shard(module, mesh=mesh)
+
+    def join(block, inputs):
+        """What one process's samples do not need, another's do: with all of it in the sum, no process waits for gradients that never come."""
+        x, *more = inputs
+        return x + 0 * sum(p.sum() for name, p in objective.named_parameters() if p.requires_grad and ".blocks." not in name), *more
+
+    blocks[0].register_forward_pre_hook(join, prepend=True)
+
+
+KINDS = ("text", "answer", "forecast", *MEDIA)  # of segments
+NEED = {"emb": ("text", "answer"), "forecast_head": ("forecast",)}  # the kinds without which parameters have no part in a step
+NEED |= {f"{part}.{kind}": (kind, "forecast") if kind == "series" else (kind,) for part in ("encoder", "adapter") for kind in MEDIA}
+
+
+def gathered(state, keep):
+    """A state dict whose tensors all processes put together, on the CPU; None for them where they are not kept."""
+    if isinstance(state, dict):
+        return {name: gathered(x, keep) for name, x in state.items()}
+    whole = state.full_tensor() if hasattr(state, "full_tensor") else state
+    return whole if whole is state else whole.cpu() if keep else None
+
+
+def scattered(state, optimizer):
+    """An optimizer's whole state dict with this process's parts of the tensors."""
+    from torch.distributed.tensor import distribute_tensor
+
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    part = lambda x, p: distribute_tensor(x, p.device_mesh, p.placements) if x.shape == p.shape else x
+    return state | {"state": {i: {name: part(x, parameters[i]) for name, x in own.items()} for i, own in state["state"].items()}}
 
 
 def say(*words):
@@ -450,8 +496,11 @@ def main(argv=None):
     ckpt, s, model = start(s, config, given, suited)
     if s.batch_size % (world * s.grad_accum):
         raise InputError(f"--batch_size={s.batch_size} is not a multiple of {world} process(es) x --grad_accum={s.grad_accum}")
+    if s.shard and "shard" in given and world == 1:
+        raise InputError("--shard is for several processes: torchrun --nproc_per_node=2 train.py ...")
+    sharded = s.shard and world > 1  # one process may go on with a sharded run
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=1))  # the first one scores alone
     if rank == 0:
         try:
             os.makedirs(s.out_dir, exist_ok=True)
@@ -473,6 +522,12 @@ def main(argv=None):
     model.to(device).train()
     model.feature_cache, model.checkpoint_activations = s.feature_cache, s.checkpoint_activations
     freeze(model, s.phase, s.freeze)
+    objective, whole = Loss(model, s), model  # what is trained; what is scored and saved
+    if sharded:
+        whole = copy.deepcopy(model).cpu() if rank == 0 else None
+        shard(objective, device, world)
+    elif world > 1:
+        objective = DistributedDataParallel(objective, find_unused_parameters=True)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, s.weight_decay, s.decay_lr), betas=(s.beta1, s.beta2), eps=s.adam_eps, fused=device.type in ("cpu", "cuda")
     )
@@ -480,7 +535,7 @@ def main(argv=None):
     log_path, ckpt_path = os.path.join(s.out_dir, "log.jsonl"), os.path.join(s.out_dir, "ckpt.pt")
     if ckpt:
         first = ckpt["step"]
-        optimizer.load_state_dict(ckpt["optimizer"])
+        optimizer.load_state_dict(scattered(ckpt["optimizer"], optimizer) if sharded else ckpt["optimizer"])
         torch.set_rng_state(ckpt["rng"])
         if first >= s.max_steps:
             raise InputError(f"{ckpt_path} has already done {first} steps: ask for more with --max_steps")
@@ -510,28 +565,35 @@ def main(argv=None):
     )
     say(f"training: {s.max_steps - first} steps of {s.batch_size} samples into {s.out_dir}" + (f", from step {first} on" if first else ""))
 
+    def gather():
+        """Brings the whole model up to date; all processes have to be here."""
+        if sharded:
+            state = gathered(model.state_dict(), rank == 0)
+            if rank == 0:
+                whole.load_state_dict(state)
+
     def checkpoint(step):
+        state = gathered(optimizer.state_dict(), rank == 0)
         if rank == 0:
-            save(ckpt_path, model, optimizer=optimizer.state_dict(), rng=torch.get_rng_state(), step=step, train=asdict(s))
+            save(ckpt_path, whole, optimizer=state, rng=torch.get_rng_state(), step=step, train=asdict(s))
 
     @torch.no_grad()
     def evaluate(step, n):
         """Loss and score on the first n held-out records; logged, and returned for the report."""
-        model.eval()
-        samples = held_out_samples(model, val, s.ctx_len, n)
+        whole.to(device).eval()
+        samples = held_out_samples(whole, val, s.ctx_len, n)
         parts = [samples[i : i + s.batch_size] for i in range(0, len(samples), s.batch_size)]
-        losses = [model.loss(part).item() for part in parts]
+        losses = [whole.loss(part).item() for part in parts]
         counts = [sum(map(learned_tokens, part)) for part in parts]
         if not sum(counts):
             raise InputError(f"there is nothing to predict in the first {n} held-out records")
         asked = [r for r in val if r.get("conversations")][:n]
-        answers = ask(model, asked)
-        model.train()
+        answers = ask(whole, asked)
+        whole.to("cpu" if sharded else device).train()
         result = {"val_loss": sum(a * b for a, b in zip(losses, counts)) / sum(counts), **score(asked, answers)}
         note(step=step, **result)
         return result, asked, answers
 
-    ddp = DistributedDataParallel(Loss(model, s), find_unused_parameters=True) if world > 1 else Loss(model, s)
     batches, pool = Batches(records, s, model), ThreadPoolExecutor(1)
     coming = pool.submit(batches, first, rank, world)
     bar = tqdm(range(first, s.max_steps), initial=first, total=s.max_steps, disable=rank > 0, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30)
@@ -543,37 +605,46 @@ def main(argv=None):
             micro = coming.result()
             if step + 1 < s.max_steps:
                 coming = pool.submit(batches, step + 1, rank, world)
-            counts = torch.tensor([[units(x), model.length(x)] for batch in micro for x in batch], device=device).sum(0)
+            counts = [[units(x), model.length(x), *(kind in dict(x) for kind in KINDS)] for batch in micro for x in batch]
+            counts = torch.tensor(counts, device=device).sum(0)
             if world > 1:
                 dist.all_reduce(counts)
-            learned, seen = counts.tolist()
+            learned, seen, *there = counts.tolist()
             loss_sum = torch.zeros((), device=device)
             for i, samples in enumerate(micro):
-                quiet = world > 1 and i < len(micro) - 1  # gradients are exchanged with the last micro-batch
-                with ddp.no_sync() if quiet else contextlib.nullcontext(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    loss = ddp(samples, learned)
-                (loss * world).backward()  # DDP averages over ranks, the loss is a sum over them
+                last = i == len(micro) - 1  # gradients are exchanged with the last micro-batch; sharded ones with each, or they would be whole till then
+                quiet = contextlib.nullcontext() if world == 1 or sharded or last else objective.no_sync()
+                with quiet, torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=not sharded):
+                    loss = objective(samples, learned)
+                (loss * world).backward()  # DDP and FSDP average over ranks, the loss is a sum over them
                 loss_sum += loss.detach()
             if world > 1:
                 dist.all_reduce(loss_sum)
             loss = loss_sum.item()
             if not math.isfinite(loss):
                 raise InputError(f"the loss is {loss} at step {step}: try a lower --learning_rate; the checkpoint before it is kept")
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
+            for name, p in model.named_parameters():  # zeros, which keep the processes together, would be a step to AdamW
+                if not any(n for kind, n in zip(KINDS, there) if kind in next((NEED[part] for part in NEED if name.startswith(part + ".")), KINDS)):
+                    p.grad = None
+            norm = gathered(torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf), True)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, s) * group["lr_scale"]
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
+            scores, saves = ((step + 1) % n == 0 for n in (s.eval_interval, s.save_interval))
+            end = step + 1 == s.max_steps
+            if scores or saves or end:
+                gather()
             if rank == 0:
                 tokens, smooth = tokens + seen, loss if smooth is None else 0.95 * smooth + 0.05 * loss
                 bar.set_postfix_str(f"loss {smooth:.3f}, {tokens / (time.time() - began):,.0f} tokens/s", refresh=False)
                 note(step=step + 1, loss=loss, lr=learning_rate(step, s), grad_norm=norm.item(), tokens=seen, seconds=time.time() - began)
-                if (step + 1) % s.eval_interval == 0 and step + 1 < s.max_steps:
+                if scores and not end:
                     result, _, _ = evaluate(step + 1, s.eval_samples)
                     exact = f", {100 * result['exact']:.1f} % of {result['n']} answers exact" if result["n"] else ""
                     say(f"step {step + 1}: held-out loss {result['val_loss']:.4f}{exact}")
-            if (step + 1) % s.save_interval == 0 or step + 1 == s.max_steps:
+            if saves or end:
                 checkpoint(step + 1)
     except KeyboardInterrupt:
         bar.close()
