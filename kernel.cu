@@ -449,7 +449,7 @@ constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;  // SSE2, NEON
 #endif
-constexpr int ROWS = 8, STEPS = 32;
+constexpr int ROWS = 8, WIDE = 2 * LANES, STEPS = 32;  // rows at a time, backward and forward; steps of a segment
 enum Input { R, W, K, A, B, INPUTS };  // what all rows of a head share at one step
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
@@ -539,19 +539,22 @@ struct Head {
 // meet a_{t+1} while they are at hand. kept: per segment of STEPS steps the state at its start, then each step's u = S a.
 template <int N>
 static void forward_rows(Head<N> head, int first, int last, float* state, float* y, float* kept) {
-    constexpr int VECS = N < 2 * LANES ? 1 : 2, ROWS = VECS * LANES;
-    alignas(64) float x[STEPS + 1][INPUTS][N] = {}, S[N * N], u_[N] = {};
+    constexpr int VECS = N < WIDE ? 1 : 2, ROWS = VECS * LANES;
+    alignas(64) float x[STEPS + 1][INPUTS][N], S[N * N], u_[N];
     for (int row = first; row < last; row += ROWS) {
         transpose(state + row * N, ROWS, N, S + row * N);
+        vec u[VECS] = {};
         for (int j = 0; j < N; j++)
-            for (int i = 0; i < ROWS; i += LANES) store(u_ + row + i, load(u_ + row + i) + load(S + row * N + j * ROWS + i) * head.in[A][j]);
+            for (int i = 0; i < VECS; i++) u[i] += load(S + row * N + j * ROWS + i * LANES) * head.in[A][j];
+        memcpy(u_ + row, u, sizeof u);
     }
     for (int64_t t0 = 0; t0 < head.T; t0 += STEPS) {
         int steps = head.T - t0 < STEPS ? head.T - t0 : STEPS;
         head.gather(x, t0, head.T - t0 < STEPS + 1 ? head.T - t0 : STEPS + 1);
+        if (t0 + steps == head.T) memset(x[steps][A], 0, sizeof x[steps][A]);  // no step follows
         for (int row = first; row < last; row += ROWS) {
             if (kept) transpose(S + row * N, N, ROWS, kept + row * N);
-            vec u[VECS];
+            vec u[VECS];  // not by memcpy: g++ would keep it in memory
             for (int i = 0; i < VECS; i++) u[i] = load(u_ + row + i * LANES);
             for (int t = 0; t < steps; t++) {
                 int64_t at = (t0 + t) * head.stride + row;
@@ -581,6 +584,32 @@ static void forward_rows(Head<N> head, int first, int last, float* state, float*
         if (kept) kept += (N + STEPS) * N;
     }
     for (int row = first; row < last; row += ROWS) transpose(S + row * N, N, ROWS, state + row * N);
+}
+
+// The same for a few steps, as in decoding: to turn the state round would take longer than they do.
+template <int N>
+static void few_steps(Head<N> head, int first, int last, float* state, float* y) {
+    alignas(64) float x[1][INPUTS][N];
+    for (int64_t t = 0; t < head.T; t++) {
+        head.gather(x, t, 1);
+        for (int row = first; row < last; row += 4) {
+            const float* v = head.v + t * head.stride + row;
+            float *S = state + row * N, u[4];
+            vec dot[4] = {}, dot_y[4] = {};
+            for (int j = 0; j < N; j += LANES)
+                for (int i = 0; i < 4; i++) dot[i] += load(S + i * N + j) * load(x[0][A] + j);
+            sums(dot, u);
+            for (int j = 0; j < N; j += LANES) {
+                vec r = load(x[0][R] + j), d = load(x[0][W] + j), k = load(x[0][K] + j), b = load(x[0][B] + j);
+                for (int i = 0; i < 4; i++) {
+                    vec s = load(S + i * N + j) * d + u[i] * b + v[i] * k;
+                    store(S + i * N + j, s);
+                    dot_y[i] += s * r;
+                }
+            }
+            sums(dot_y, y + t * head.stride + row);
+        }
+    }
 }
 
 // The gradients, from the last segment to the first. G is dL/dS, and with u = S_{t-1} a, row by row,
@@ -661,7 +690,7 @@ struct Work {
 
     Work(int64_t B, int64_t T, int64_t H, int64_t N) : heads(B * H), rows(N), large(B * H * T * N * N > 1 << 17) {
 #ifdef _OPENMP
-        while (large && heads * groups < omp_get_max_threads() && rows > ROWS) groups *= 2, rows /= 2;
+        while (large && heads * groups < omp_get_max_threads() && rows > WIDE) groups *= 2, rows /= 2;
 #endif
     }
 };
@@ -685,7 +714,11 @@ static void forward(int64_t batch, int64_t T, int64_t H, const float* const* in,
             memcpy(sT + state, s0 + state, 4 * work.rows * N);
         else
             memset(sT + state, 0, 4 * work.rows * N);
-        forward_rows<N>(head_of<N>(T, H, at, in, v), first, first + work.rows, sT + head * N * N, y + at, kept ? kept + head * kept_per_head(T, N) : nullptr);
+        auto inputs = head_of<N>(T, H, at, in, v);
+        if (T < 4 && !kept)
+            few_steps<N>(inputs, first, first + work.rows, sT + head * N * N, y + at);
+        else
+            forward_rows<N>(inputs, first, first + work.rows, sT + head * N * N, y + at, kept ? kept + head * kept_per_head(T, N) : nullptr);
     }
 }
 

@@ -441,10 +441,25 @@ def test_kernel_writes_all_it_returns(monkeypatch, T):
 
 
 @needs_compiler
-def test_kernel_with_rows_shared_out_among_threads():
-    inputs = wkv7_inputs(300, 64, 0.6, True, 1, True, seed=2, H=1)
+@pytest.mark.parametrize("N", [16, 32, 64, 128])
+@pytest.mark.parametrize("T", [1, 2, 3, 4, 33])
+def test_kernel_without_gradients(T, N):
+    """As in decoding, where a few steps go another way."""
+    inputs = wkv7_inputs(T, N, 60.0, True, 1, True, seed=T, infinite=0.1)
+    want = modrwkv.wkv7_loop(*(x.double() for x in inputs))
+    with torch.no_grad():
+        got = modrwkv.wkv7(*inputs)
+    assert all(distance(x, y) < 2e-6 for x, y in zip(got, want))
+
+
+@needs_compiler
+@pytest.mark.parametrize("N", [16, 32, 64, 128])
+@pytest.mark.parametrize("threads", [2, 3, 4, 16, 64])
+def test_kernel_with_rows_shared_out_among_threads(N, threads):
+    """Of one head, so that there are more threads than heads, and at last than blocks of rows."""
+    inputs = wkv7_inputs(600, N, 0.6, True, 1, True, seed=2, H=1)
     want = run_wkv7(modrwkv.wkv7, inputs, torch.float32)
-    torch.set_num_threads(4)
+    torch.set_num_threads(threads)
     try:
         got = run_wkv7(modrwkv.wkv7, inputs, torch.float32)
     finally:
