@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 
@@ -30,7 +31,10 @@ import soundfile
 import torch
 import torch.distributed as dist
 from PIL import Image
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 import modrwkv
@@ -279,6 +283,57 @@ def shard(objective, device, world):
     blocks[0].register_forward_pre_hook(join, prepend=True)
 
 
+class Live(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make while it is on: those alive `now`, and the most there were, `peak`."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.alive = 0, 0, weakref.WeakSet()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        made = operation(*args, **(kwargs or {}))
+        for storage in {x.untyped_storage() for x in tree_leaves(made) if torch.is_tensor(x)} - set(self.alive):
+            self.alive.add(storage)
+            self.add(storage.nbytes())
+            weakref.finalize(storage, self.add, -storage.nbytes())
+        return made
+
+    def add(self, n):
+        self.now += n
+        self.peak = max(self.peak, self.now)
+
+
+def step_memory(model, samples, bf16, parts=1, accumulates=False):
+    """
+    Bytes that training takes at its most: weights, gradients and moments, and what the language model makes of a micro-batch.
+
+    The forward and backward pass are run with torch's fake tensors, which have shapes and no numbers. What encoders and adapters make
+    is not counted. parts: processes that share weights, gradients and moments; accumulates: gradients are there when a pass begins.
+    """
+    device, T = model.emb.weight.device, max(map(model.length, samples))
+    learned, together = sum(len(data) for sample in samples for kind, data in sample if kind == "answer"), parts == 1 and not accumulates
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with FakeTensorMode(allow_non_fake_inputs=True), Live() as live, torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        x = torch.empty(len(samples), T, model.config.n_embd, device=device, requires_grad=True)
+        y, _ = model.hidden(x)
+        logits = model.head(y.flatten(0, 1)[:learned]).float()
+        loss = torch.nn.functional.cross_entropy(logits, torch.zeros(learned, dtype=torch.long, device=device))
+        gradients = torch.autograd.grad(loss, [x, *trained] if together else [x], allow_unused=True)[1:]
+    size = lambda parameters: sum(p.numel() * p.element_size() for p in parameters)
+    frozen = size(p for encoder in model.encoder.values() for m in getattr(encoder, "models", ()) for p in m.parameters())
+    uncounted = size(trained) - size(g for g in gradients if g is not None)  # gradients
+    return live.peak + frozen + (size(model.parameters()) + 2 * size(trained) + uncounted) // parts
+
+
+def memory(device):
+    """Bytes that a process may have on a device; infinite where that is not known."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # no such names on Windows
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return math.inf
+
+
 KINDS = ("text", "answer", "forecast", *MEDIA)  # of segments
 NEED = {"emb": ("text", "answer"), "forecast_head": ("forecast",)}  # the kinds without which parameters have no part in a step
 NEED |= {f"{part}.{kind}": (kind, "forecast") if kind == "series" else (kind,) for part in ("encoder", "adapter") for kind in MEDIA}
@@ -520,8 +575,16 @@ def main(argv=None):
     say(f"data: {len(records):,} records to learn from ({', '.join(map(os.path.relpath, paths))}), {len(val):,} held out")
 
     model.to(device).train()
-    model.feature_cache, model.checkpoint_activations = s.feature_cache, s.checkpoint_activations
+    model.checkpoint_activations, bf16 = s.checkpoint_activations, precision(s.dtype, device)
     freeze(model, s.phase, s.freeze)
+    batches = Batches(records, s, model)
+    late = batches.window((s.max_steps - 1) // batches.WINDOW)  # records of all levels are in
+    longest = max(late, key=lambda batch: sum(rough_length(records[i]) for _, i in batch))[-s.batch_size // (world * s.grad_accum) :]
+    need = step_memory(model, [batches.sample(*place) for place in longest], bf16, world if sharded else 1, s.grad_accum > 1), memory(device)
+    model.feature_cache = s.feature_cache
+    needed = f"memory: about {need[0] / 2**30:.2g} GiB without what encoders make, of {need[1] / 2**30:.3g}"
+    if need[0] > need[1]:
+        raise InputError(f"{needed}: take a larger --grad_accum, a smaller --batch_size, --checkpoint_activations, or --shard under torchrun")
     objective, whole = Loss(model, s), model  # what is trained; what is scored and saved
     if sharded:
         whole = copy.deepcopy(model).cpu() if rank == 0 else None
@@ -556,13 +619,13 @@ def main(argv=None):
 
     millions = lambda part: sum(p.numel() for n, p in model.named_parameters() if part(n)) / 1e6
     language = lambda n: not n.startswith(("encoder.", "adapter.", "forecast_head."))
-    bf16 = precision(s.dtype, device)
     say(
         f"model: {millions(language):.2f} M parameters of RWKV-{model.config.rwkv} ({model.config.n_layer} layers x {model.config.n_embd}), "
         f"{millions(lambda n: not language(n)):.2f} M of encoders and adapters; {device}, {'bfloat16' if bf16 else 'float32'}"
         + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
         + (f", {world} processes" if world > 1 else "")
     )
+    say(needed)
     say(f"training: {s.max_steps - first} steps of {s.batch_size} samples into {s.out_dir}" + (f", from step {first} on" if first else ""))
 
     def gather():
@@ -594,7 +657,7 @@ def main(argv=None):
         note(step=step, **result)
         return result, asked, answers
 
-    batches, pool = Batches(records, s, model), ThreadPoolExecutor(1)
+    pool = ThreadPoolExecutor(1)
     coming = pool.submit(batches, first, rank, world)
     bar = tqdm(range(first, s.max_steps), initial=first, total=s.max_steps, disable=rank > 0, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30)
     units = learned_tokens if s.loss_reduction == "token" else lambda sample: learned_tokens(sample) > 0  # what the loss is a mean over
@@ -669,7 +732,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (InputError, OSError) as e:
+    except (InputError, OSError, torch.OutOfMemoryError) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
         sys.exit(130)
