@@ -2606,8 +2606,10 @@ def test_digits_are_a_function_of_the_seed(digits, tmp_path, monkeypatch):
     assert other.keys() == first.keys() and not [name for name in first if other[name] == first[name]]
 
 
-def test_digits_answers_are_true_and_writers_are_held_out(tmp_path, monkeypatch):
-    """A stand-in for load_digits hands out the scans and notes which ones become a picture."""
+@pytest.fixture
+def scanned(tmp_path, monkeypatch):
+    """(scikit-learn's digits, {path under tmp_path: [number of each scan in that picture]}), which fills as data is prepared:
+    a stand-in for load_digits hands out the scans and notes which ones become a picture."""
     real = sklearn.datasets.load_digits()
     used, pictures, save = [], {}, Image.Image.save
 
@@ -2628,6 +2630,11 @@ def test_digits_answers_are_true_and_writers_are_held_out(tmp_path, monkeypatch)
 
     monkeypatch.setattr(sklearn.datasets, "load_digits", lambda: SimpleNamespace(images=scans, target=real.target))
     monkeypatch.setattr(Image.Image, "save", note)
+    return real, pictures
+
+
+def test_digits_answers_are_true_and_writers_are_held_out(scanned, tmp_path, monkeypatch):
+    real, pictures = scanned
     prepare(monkeypatch, "digits", f"--out={tmp_path}", "--pictures=400")
     parts = [read_records(tmp_path / f"{name}.jsonl") for name in ("train", "val")]
     printed = [r for part in parts for r in part if "image" not in r]
@@ -2851,13 +2858,13 @@ def copy_morse(x, rate):
     return text.strip(), 1.2 * rate / dot, spectrum.argmax() * rate / len(x)
 
 
+class Quiet(random.Random):
+    def uniform(self, low, high):
+        return -9 if high == -0.15 else 0.02 if high == 0.12 else super().uniform(low, high)  # no noise, a steady hand
+
+
 def test_morse_is_what_the_text_says():
     key = runpy.run_path(str(REPO / "data/morse/prepare.py"))["key"]
-
-    class Quiet(random.Random):
-        def uniform(self, low, high):
-            return -9 if high == -0.15 else 0.02 if high == 0.12 else super().uniform(low, high)  # no noise, a steady hand
-
     speeds, tones = [], []
     for seed, text in enumerate(["THE QUICK BROWN FOX JUMPS OVER A LAZY DOG", "CQ DE K1AB/7", "0123456789?", "PARIS"] * 5):
         got, speed, tone = copy_morse(key(text, Quiet(seed)), 4000)
@@ -2878,6 +2885,30 @@ def test_morse_records(tmp_path, monkeypatch):
     for r in train[:50]:
         x, rate = soundfile.read(tmp_path / r["audio"])
         assert rate == 4000 and 0.15 < np.abs(x).max() <= 1
+
+
+def test_same_asks_whether_what_is_heard_is_what_is_seen(scanned, tmp_path, monkeypatch):
+    """The sounds are copied, the pictures' scans noted; a model sees and hears both, in the order of the question."""
+    real, pictures = scanned
+    monkeypatch.setattr(random, "Random", Quiet)
+    prepare(monkeypatch, "same", f"--out={tmp_path}", "--pairs=320")
+    parts, copied = [read_records(tmp_path / f"{name}.jsonl") for name in ("train", "val")], 0
+    seen, held_out = ({i for r in part for i in pictures[r["image"]]} for part in parts)
+    assert [*map(len, parts)] == [320, 20] and max(seen) < 1415 <= min(held_out)
+    for r in itertools.chain(*parts):
+        [(_, answer)] = modrwkv.record_turns(r)
+        see, hear, same = re.fullmatch(r"(\d+), (\d+): (yes|no)", answer).groups()
+        assert see == "".join(str(real.target[i]) for i in pictures[r["image"]]) and r["level"] == len(see) == len(hear) <= 3
+        assert sum(a != b for a, b in zip(see, hear)) == (same == "no")
+        if set(hear) - {"0", "5"}:  # with dots and dashes
+            x, rate = soundfile.read(tmp_path / r["audio"])
+            assert copy_morse(x - x.mean(), rate)[0] == hear
+            copied += 1
+    answers = [modrwkv.record_turns(r)[0][1].split(": ")[1] for r in parts[0]]
+    assert copied > 250 and 0.4 < answers.count("yes") / 320 < 0.6
+    model = ModRWKV(SMALL)
+    kinds = {tuple(kind for kind, _ in model.sample(r) if kind in modrwkv.MEDIA) for r in parts[1]}
+    assert kinds == {("image", "audio"), ("audio", "image")}
 
 
 @pytest.fixture(scope="session")

@@ -31,6 +31,7 @@ QUESTIONS = {  # task: (ways to ask, the answer to digits such as "407")
     "largest": (("Which is the largest?", "The largest?"), max),
 }
 CELL = 28  # pixels a digit is high, before its own scale
+CUT = 1415  # the first scan of val: a form begins 0 1 2 ... 9 0 1 2 ... 9, and so do the labels here
 
 
 def draw_digit(scan, rng, bold):
@@ -105,7 +106,6 @@ if __name__ == "__main__":
     parser.add_argument("--out", default=here)
     args = parser.parse_args()
     data = load_digits()
-    cut = 1415  # a form begins 0 1 2 ... 9 0 1 2 ... 9, and so do the labels here
-    write(args.out, "train", data.images[:cut], data.target[:cut], args.pictures, random.Random(args.seed), True)
-    write(args.out, "val", data.images[cut:], data.target[cut:], max(1, args.pictures // 10), random.Random(args.seed + 1), False)
+    write(args.out, "train", data.images[:CUT], data.target[:CUT], args.pictures, random.Random(args.seed), True)
+    write(args.out, "val", data.images[CUT:], data.target[CUT:], max(1, args.pictures // 10), random.Random(args.seed + 1), False)
     print(f"{args.pictures} pictures for training, {max(1, args.pictures // 10)} of other writers for validation")
