@@ -3546,6 +3546,19 @@ def test_a_second_run_does_not_touch_the_first(trained, counting):
     assert contents(out) == before
 
 
+def test_a_language_model_is_given_the_eyes_that_suit_the_data(trained, counting, tmp_path, monkeypatch):
+    """Those of a model that sees already stay as they are."""
+    suited = dict(image_encoder="patch", image_height=16, patch_height=16, conv_kernel=0, prompt_style="last", n_layer=7)
+    monkeypatch.setitem(train.SUITED, str(counting[0]), suited)
+    save(tmp_path / "lm.pt", ModRWKV(Config(n_layer=1, n_embd=64, image_encoder="none")))
+    start = lambda out, path, *flags: learn(tmp_path / out, counting, f"--init_from={path}", "--n_layer=1", "--max_steps=1", *flags)
+    small = lambda out: [getattr(load(tmp_path / out).config, name) for name in suited]
+    start("a", tmp_path / "lm.pt", "--head_size=64", "--conv_kernel=2")
+    assert small("a") == ["patch", 16, 16, 2, "last", 1]
+    learn(tmp_path / "b", counting, f"--init_from={trained[0] / 'ckpt.pt'}", "--max_steps=1")
+    assert small("b") == [getattr(trained[2].config, name) for name in suited] != small("a")
+
+
 @pytest.mark.parametrize("phase", ["adapter", "all"])
 def test_phases(phase, counting, trained, tmp_path):
     """What a phase trains, from the weights and with the batch that it should begin with."""
@@ -3677,6 +3690,16 @@ def test_resume_keeps_the_settings_and_refuses_another_model(whole, tmp_path):
     assert column(out, "loss")[:30] == column(whole[0], "loss") and len(column(out, "loss")) == 33
     old, new = kept(whole[0], "train"), kept(out, "train")
     assert {key for key in old if old[key] != new[key]} == {"resume", "out_dir", "max_steps"}
+
+
+def test_a_run_that_was_killed_while_it_was_scored_is_scored(whole, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(whole[0], out)
+    *steps, _ = (out / "log.jsonl").read_text().splitlines(keepends=True)
+    (out / "log.jsonl").write_text("".join(steps) + '{"step": 30, "val')
+    said(train.main, "--resume", f"--out_dir={out}")
+    assert_same_run(out, whole[0])
+    assert "30 steps" in refusal(train.main, ["--resume", f"--out_dir={out}"])
 
 
 def test_the_learning_rate_of_a_run(whole):

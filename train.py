@@ -513,6 +513,8 @@ def start(s, config, given, suited):
     if s.init_from:
         ckpt = read_checkpoint(s.init_from)
         missing = {k for k in suited.keys() & names if k.endswith("_encoder") and ckpt["config"].get(k, "none") == "none"}  # the data takes them
+        if all(ckpt["config"].get(f"{kind}_encoder", "none") == "none" for kind in MEDIA):  # a language model alone: how they are made, too
+            missing |= suited.keys() & names - {"n_layer"}
         model = build(ckpt, s.init_from, **{k: getattr(config, k) for k in given & names | missing})
         timed = any(name.startswith("encoder.series.") for name in ckpt["model"])
         wrong = [k for k in given & names if getattr(model.config, k) != getattr(config, k)]
@@ -596,18 +598,17 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(
         parameter_groups(model, s.weight_decay, s.decay_lr), betas=(s.beta1, s.beta2), eps=s.adam_eps, fused=device.type in ("cpu", "cuda")
     )
-    first = 0
+    first, kept = 0, []
     log_path, ckpt_path = os.path.join(s.out_dir, "log.jsonl"), os.path.join(s.out_dir, "ckpt.pt")
     if ckpt:
         first = ckpt["step"]
         optimizer.load_state_dict(scattered(ckpt["optimizer"], optimizer) if sharded else ckpt["optimizer"])
         torch.set_rng_state(ckpt["rng"])
-        if first >= s.max_steps:
+        with contextlib.suppress(FileNotFoundError), open(log_path) as f:  # what was logged after the checkpoint will be done and logged again
+            kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= first]
+        if first > s.max_steps or first == s.max_steps and any('"val_loss"' in line for line in kept[-1:]):
             raise InputError(f"{ckpt_path} has already done {first} steps: ask for more with --max_steps")
-    if rank == 0:  # what was logged after the checkpoint will be done and logged again
-        kept = []
-        with contextlib.suppress(FileNotFoundError), open(log_path) as f:
-            kept = [line for line in f if ckpt and line.endswith("\n") and json.loads(line)["step"] <= first]
+    if rank == 0:
         with open(log_path + ".partial", "w") as f:
             f.writelines(kept)
         os.replace(log_path + ".partial", log_path)
