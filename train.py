@@ -294,10 +294,11 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         made = operation(*args, **(kwargs or {}))
-        for storage in {x.untyped_storage() for x in tree_leaves(made) if torch.is_tensor(x)} - set(self.alive):
-            self.alive.add(storage)
-            self.add(storage.nbytes())
-            weakref.finalize(storage, self.add, -storage.nbytes())
+        for storage in (x.untyped_storage() for x in tree_leaves(made) if torch.is_tensor(x)):
+            if storage not in self.alive:
+                self.alive.add(storage)
+                self.add(storage.nbytes())
+                weakref.finalize(storage, self.add, -storage.nbytes())
         return made
 
     def add(self, n):
