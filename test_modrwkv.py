@@ -3455,6 +3455,35 @@ def forecaster(tmp_path_factory):
     return folder, words, wave
 
 
+def test_one_model_sees_hears_and_forecasts(tmp_path):
+    """Three data sets learned at once; then a picture, a sound and a series in one question, each of which the answer depends on."""
+    numbers, tones, wave = "one two three".split(), dict(low=300, high=2000), lambda phase, n=200: [math.sin(i / 3 + phase) + 5 for i in range(n)]
+    for n, number in enumerate(numbers):
+        bars(tmp_path / f"{number}.png", 2 * n + 1)
+    for tone, hertz in tones.items():
+        soundfile.write(tmp_path / f"{tone}.wav", 0.5 * np.sin(2 * np.pi * hertz * np.arange(4800) / 16000) + 1e-3 * pixels(1, 4800), 16000)
+    seen = [talk("<image>\nHow many?", number, image=f"{number}.png", task="see") for number in numbers]
+    heard = [talk("<audio>", tone, audio=f"{tone}.wav", task="hear") for tone in tones]
+    ahead = [{"target": wave(phase)} for phase in range(5)]
+    both = [
+        talk("<series><image><audio>\nBoth?", f"{number} {tone}", image=f"{number}.png", audio=f"{tone}.wav", series=wave(i, 48), task="both")
+        for i, (number, tone) in enumerate(itertools.product(numbers, tones))
+    ]
+    files = [jsonl(tmp_path / f"{name}.jsonl", *records) for name, records in dict(seen=seen, heard=heard, ahead=ahead, both=both).items()]
+    encoders = ("--audio_encoder=mel", "--series_encoder=wavenet", "--encoder_width=32", "--series_kernel=4", "--series_stride=4")
+    data, out = (",".join(map(str, files)), jsonl(tmp_path / "val.jsonl", *both, *seen, *heard)), tmp_path / "out"
+    learn(out, data, *encoders, "--lookback=48", "--horizon=8", "--max_steps=200", "--warmup_steps=10", "--level_steps=0", "--batch_size=16")
+    assert {task: score["exact"] for task, score in log(out)[-1]["tasks"].items()} == dict(both=1, hear=1, see=1)
+    model, files = load(out), lambda number, tone: (("image", tmp_path / f"{number}.png"), ("audio", tmp_path / f"{tone}.wav"), ("series", wave(1, 48)))
+    assert (model.forecast([wave(0.2, 100)])[0] - torch.tensor(wave(0.2, 108)[100:])).abs().mean() < 0.3
+    asked = files("one", "low"), files("two", "low"), files("one", "high"), (*files("one", "low")[:2], ("series", wave(2, 48)))
+    logits = [model([model.question("<series><image><audio>\nBoth?", media)])[0][0, -1] for media in asked]
+    assert all(distance(other, logits[0]) > 1e-4 for other in logits[1:])
+    (tmp_path / "x.csv").write_text("y\n" + "".join(f"{y}\n" for y in wave(1, 48)))
+    asked = [f"--out_dir={out}", *(f"--{kind}={tmp_path / name}" for kind, name in dict(image="three.png", audio="high.wav", series="x.csv").items())]
+    assert said(sample.main, *asked, "--prompt=<series><image><audio>\nBoth?").strip() == "three high"
+
+
 def test_a_model_learns_to_forecast(forecaster):
     folder, words, wave = forecaster
     assert "held-out loss 0.0" in words and "--series=NUMBERS.csv" in words.splitlines()[-1]
