@@ -169,9 +169,9 @@ def report(records, answers, examples=6):
     rows = [(r, q, t) for r in records for q, t in record_turns(r)]
     step = max(1, len(rows) // examples)
     for (record, question, truth), answer in list(zip(rows, answers))[::step][:examples]:
-        paths = " ".join(path for _, path in record_media(record) if isinstance(path, str))
+        paths = " ".join(os.path.relpath(path) for _, path in record_media(record) if isinstance(path, str))
         question = " ".join(MARK.sub("", question).split())
-        print(f"  {'ok ' if answer == truth.strip() else 'NO '} {os.path.relpath(paths) if paths else ''}  {question}  {answer!r}, truth {truth.strip()!r}")
+        print(f"  {'ok ' if answer == truth.strip() else 'NO '} {paths}  {question}  {answer!r}, truth {truth.strip()!r}")
 
 
 def forecast(model, paths, horizon, plot):

@@ -110,8 +110,8 @@ SUITED = {  # settings that suit an embedded data set, unless they are given; of
     | dict(learning_rate=1.2e-3, batch_size=32, max_steps=4000, level_steps=100, eval_interval=1000, save_interval=1000),
     "morse": dict(image_encoder="none", audio_encoder="mel")
     | dict(learning_rate=1.2e-3, batch_size=32, max_steps=4000, level_steps=100, eval_interval=1000, save_interval=1000),
-    "same": dict(image_encoder="patch", audio_encoder="mel", learning_rate=1.2e-3, batch_size=32, max_steps=2400, level_steps=200)
-    | dict(eval_interval=400, save_interval=400),
+    "same": dict(image_encoder="patch", audio_encoder="mel")
+    | dict(learning_rate=1.2e-3, batch_size=16, max_steps=4000, level_steps=400, eval_interval=1000, save_interval=1000),
     "series": dict(image_encoder="none", series_encoder="wavenet", encoder_width=48, n_layer=3),
     "shakespeare": dict(image_encoder="none"),
     "llava": dict(image_height=64, patch_height=16, patch_width=16, image_trim=False),
