@@ -1698,15 +1698,17 @@ def test_blocks_that_run_twice_learn_the_same(rwkv, scan):
 
 
 RESIDENT = """
-import resource, sys
+import re, sys
 import torch, train
 from modrwkv import Config, ModRWKV, parameter_groups
 torch.set_num_threads(1)
 sizes, again = eval(sys.argv[1]), sys.argv[2] == "True"
 text = lambda n, T: [[("answer", torch.randint(1, 257, (T,)).tolist())] for _ in range(n)]
 ModRWKV(Config(n_layer=1, n_embd=64, image_encoder="none")).loss(text(2, 20)).backward()  # what is loaded once
-with open("/proc/self/statm") as f:
-    before = int(f.read().split()[1]) * resource.getpagesize()
+def resident(what):  # VmRSS: now; VmHWM: at most, where getrusage would begin with what the parent had
+    with open("/proc/self/status") as f:
+        return 1024 * int(re.search(what + r":\\s*(\\d+) kB", f.read())[1])
+before = resident("VmRSS")
 model, samples = ModRWKV(Config(image_encoder="none", **sizes)), text(8, 256)
 model.checkpoint_activations = again
 optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), fused=True)
@@ -1714,7 +1716,7 @@ for _ in range(2):
     model.loss(samples).backward()
     optimizer.step()
     optimizer.zero_grad()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before, train.step_memory(model, samples, False))
+print(resident("VmHWM") - before, train.step_memory(model, samples, False))
 """
 
 
