@@ -184,6 +184,12 @@ class Batches:
         size = len(batch) // pieces
         return [[self.sample(*p) for p in batch[i * size : (i + 1) * size]] for i in range(rank, pieces, world)]
 
+    def longest(self, n):
+        """The longest n samples of a batch late in the run, when records of all levels are in."""
+        length = lambda place: rough_length(self.records[place[1]])
+        batch = max(self.window((self.settings.max_steps - 1) // self.WINDOW), key=lambda batch: sum(map(length, batch)))
+        return [self.sample(*place) for place in sorted(batch, key=length)[-n:]]
+
     def sample(self, place, i):
         if self.records[i].get("conversations"):
             return self.model.sample(self.records[i])
@@ -582,13 +588,11 @@ def main(argv=None):
     model.to(device).train()
     model.checkpoint_activations, bf16 = s.checkpoint_activations, precision(s.dtype, device)
     freeze(model, s.phase, s.freeze)
-    batches = Batches(records, s, model)
-    late = batches.window((s.max_steps - 1) // batches.WINDOW)  # records of all levels are in
-    longest = max(late, key=lambda batch: sum(rough_length(records[i]) for _, i in batch))[-s.batch_size // (world * s.grad_accum) :]
-    need = step_memory(model, [batches.sample(*place) for place in longest], bf16, world if sharded else 1, s.grad_accum > 1), memory(device)
+    batches, parts = Batches(records, s, model), world if sharded else 1
+    need = step_memory(model, batches.longest(s.batch_size // (world * s.grad_accum)), bf16, parts, s.grad_accum > 1)
     model.feature_cache = s.feature_cache
-    needed = f"memory: about {need[0] / 2**30:.2g} GiB without what encoders make, of {need[1] / 2**30:.3g}"
-    if need[0] > need[1]:
+    needed = f"memory: about {need / 2**30:.2g} GiB without what encoders make, of {memory(device) / 2**30:.3g}"
+    if need > memory(device):
         raise InputError(f"{needed}: take a larger --grad_accum, a smaller --batch_size, --checkpoint_activations, or --shard under torchrun")
     objective, whole = Loss(model, s), model  # what is trained; what is scored and saved
     if sharded:
@@ -607,7 +611,7 @@ def main(argv=None):
         torch.set_rng_state(ckpt["rng"])
         with contextlib.suppress(FileNotFoundError), open(log_path) as f:  # what was logged after the checkpoint will be done and logged again
             kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= first]
-        if first > s.max_steps or first == s.max_steps and any('"val_loss"' in line for line in kept[-1:]):
+        if first > s.max_steps or first == s.max_steps and kept and "val_loss" in json.loads(kept[-1]):
             raise InputError(f"{ckpt_path} has already done {first} steps: ask for more with --max_steps")
     if rank == 0:
         with open(log_path + ".partial", "w") as f:
