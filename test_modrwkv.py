@@ -2883,7 +2883,11 @@ def test_morse_records(tmp_path, monkeypatch):
     train, val = (read_records(tmp_path / f"{name}.jsonl") for name in ("train", "val"))
     texts = [{r["conversations"][1]["value"] for r in part} for part in (train, val)]
     assert all(len(text) < 3 for text in texts[0] & texts[1]) and {len(text) for text in texts[0]} == set(range(1, 11))
-    assert {r["level"] for r in train} == {1, *range(3, 12)}  # single letters have the first two levels to themselves
+    code = dict(zip(ITU[::2], ITU[1::2]))
+    marks = lambda r: sum(len(code.get(c, " ")) for c in r["conversations"][1]["value"])
+    levels = [r["level"] for r in sorted(train, key=marks)]
+    assert levels == sorted(levels) and set(levels) == set(range(1, max(levels) + 1)) and 7 < max(levels) < 11
+    assert all((r["level"] == 1) == (marks(r) <= 2) for r in train)  # E I T A N M have the first level to themselves
     for r in train[:50]:
         x, rate = soundfile.read(tmp_path / r["audio"])
         assert rate == 4000 and 0.15 < np.abs(x).max() <= 1

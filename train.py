@@ -109,7 +109,7 @@ SUITED = {  # settings that suit an embedded data set, unless they are given; of
     "shapes": dict(image_height=48, patch_height=16, patch_width=16, conv_kernel=0, image_trim=False, n_layer=3, prompt_style="last")
     | dict(learning_rate=1.2e-3, batch_size=32, max_steps=4000, level_steps=100, eval_interval=1000, save_interval=1000),
     "morse": dict(image_encoder="none", audio_encoder="mel")
-    | dict(learning_rate=1.2e-3, batch_size=32, max_steps=4000, level_steps=100, eval_interval=1000, save_interval=1000),
+    | dict(learning_rate=1.2e-3, batch_size=32, max_steps=3400, level_steps=150, eval_interval=1000, save_interval=1000),
     "same": dict(image_encoder="patch", audio_encoder="mel")
     | dict(learning_rate=1.2e-3, batch_size=16, max_steps=4000, level_steps=400, eval_interval=1000, save_interval=1000),
     "series": dict(image_encoder="none", series_encoder="wavenet", encoder_width=48, n_layer=3),

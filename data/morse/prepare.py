@@ -10,6 +10,7 @@ text of three characters or more is both in train and in val. 24,000 sounds take
 import argparse
 import contextlib
 import json
+import math
 import os
 import random
 import zlib
@@ -79,7 +80,9 @@ def write(out, name, n, rng, held_out):
             text = compose(rng, held_out)
             soundfile.write(os.path.join(out, name, f"{i}.wav"), key(text, rng), RATE, "PCM_U8")
             turns = [{"from": "human", "value": "<audio>"}, {"from": "gpt", "value": text}]
-            record = {"id": f"{name}-{i}", "audio": f"{name}/{i}.wav", "task": "morse", "level": len(text) + (len(text) > 1), "conversations": turns}
+            marks = sum(len(CODE.get(c, " ")) for c in text)
+            level = 1 + math.isqrt(2 * max(0, marks - 2))  # E I T A N M first, then what is a little longer each time
+            record = {"id": f"{name}-{i}", "audio": f"{name}/{i}.wav", "task": "morse", "level": level, "conversations": turns}
             f.write(json.dumps(record) + "\n")
     os.replace(f.name, f.name.removesuffix(".partial"))
 
