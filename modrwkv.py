@@ -1035,7 +1035,7 @@ class WaveNet(nn.Module):
             z = value.tanh() * opening.sigmoid()
             h, skips = h + residual(z), skips + z
         y = self.end(torch.cat([skips.relu(), x], 1)).mT
-        return [y[i, : points.shape[1]] for i, points in enumerate(series)]
+        return [row[: points.shape[1]] for row, points in zip(y, series)]  # not y[i]: each one's gradient would be as large as y
 
 
 class Timer(nn.Module):
