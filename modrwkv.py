@@ -967,10 +967,11 @@ class MelEncoder(nn.Module):
         return (frames.shape[1] + 1) // 2
 
     def forward(self, sounds):
-        """[(80, frames)] -> [(length, width)]; of each bin its mean over the sound is taken away, as is usual in speech recognition: what
-        stays the same from frame to frame tells of room and microphone, and would drown the rest."""
+        """[(80, frames)] -> [(length, width)]; what is 40 dB below the loudest (1 in these units) counts as silence, and of each bin its mean
+        over the sound is taken away, as is usual in speech recognition: both tell of room and microphone, and would drown the rest."""
         lengths = [*map(self.length, sounds)]
-        x = pad([(sound - sound.mean(1, keepdim=True)).T for sound in sounds]).mT.to(self.conv1.weight)
+        x = [sound.clamp(min=sound.max() - 1) for sound in sounds]
+        x = pad([(sound - sound.mean(1, keepdim=True)).T for sound in x]).mT.to(self.conv1.weight)
         real = lambda x, n: x * real_steps(x.shape[2], torch.tensor(n, device=x.device))[..., 0].mT  # no sound hears its neighbours' lengths
         x = real(F.gelu(self.conv1(x)), [sound.shape[1] for sound in sounds])
         x = F.gelu(self.conv2(x))

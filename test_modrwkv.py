@@ -1119,15 +1119,20 @@ def test_a_sound_in_a_batch_is_the_sound_alone_through_the_convolutions():
     sounds = [sound(n, n)[1] for n in (1, 2, 7, 90, 16)]
     gelu = lambda x: x * (1 + torch.erf(x / 2**0.5)) / 2
     z = dict(encoder.named_parameters())
-    for x, got, again in zip(sounds, encoder(sounds), encoder([x + 3 * torch.arange(80)[:, None] for x in sounds])):
-        want = gelu(F.conv1d((x - x.mean(1, keepdim=True)).double()[None], z["conv1.weight"], z["conv1.bias"], padding=1))
+    for x, got in zip(sounds, encoder(sounds)):
+        want = torch.maximum(x, x.max() - 1)
+        want = gelu(F.conv1d((want - want.mean(1, keepdim=True)).double()[None], z["conv1.weight"], z["conv1.bias"], padding=1))
         want = gelu(F.conv1d(want, z["conv2.weight"], z["conv2.bias"], stride=2, padding=1))[0]
         for i, d in enumerate((1, 2, 4, 8)):
             padded = F.pad(want, (2 * d, 2 * d))
             y = sum(z[f"deep.{i}.0.weight"][:, :, j] * padded[:, j * d : j * d + want.shape[1]] for j in range(5)) + z[f"deep.{i}.0.bias"][:, None]
             want = want + gelu(z[f"deep.{i}.1.weight"][:, :, 0] @ y + z[f"deep.{i}.1.bias"][:, None])
         assert want.shape[1] == encoder.length(x) and distance(got, want.T) < 1e-12
+    flat = [x / x.abs().max() / 4 for x in sounds]  # nothing 40 dB below the loudest
+    for got, again in zip(encoder(flat), encoder([x + torch.arange(80)[:, None] / 200 for x in flat])):
         assert distance(again, got) < 1e-4  # a microphone that is louder in some bins is not heard
+    x = sounds[3] - sounds[3].max()
+    assert distance(*encoder([x, torch.where(x < -1.1, x - 1, x)])) == 0 and (x < -1.1).any()  # nor what is far fainter than the loudest
 
 
 @torch.no_grad()
@@ -3301,6 +3306,12 @@ def test_curriculum():
     assert sorted(drawn(b, 10 * W, 11 * W)) == list(range(8 * W))  # from here on epochs
     assert {levels[i] for i in drawn(batches(levels), W)} == {1, 2, 3, 4, 5}  # without one
     assert drawn(batches([5] * 20, level_steps=16), 1)  # all too hard: then all are ready
+    b = batches([1, 2] * 4 * W, level_steps=2 * W)
+    for i, record in enumerate(b.records):
+        record["_folder"] = "ab"[i < 6 * W]  # a fourth of the records is in a
+        b.levels[i] = 1 + (i >= 6 * W and i % 8 != 0)  # of which few are ready
+    first = drawn(b, 2 * W)
+    assert all(b.levels[i] == 1 for i in first) and sum(i >= 6 * W for i in first) == len(first) // 4  # who waits keeps a place for its own
 
 
 def test_long_texts_are_cut():

@@ -148,7 +148,7 @@ class Batches:
     """The samples of each step: a function of (seed, step) alone, so a resumed run needs no other position.
 
     Every record comes once in an epoch; before that, while records of a higher level wait, draws are from the
-    others. Within a few batches, records of like length share a batch, which leaves little padding.
+    others, and each folder keeps its share. Within a few batches, records of like length share a batch, which leaves little padding.
     """
 
     WINDOW = 8  # batches
@@ -168,11 +168,13 @@ class Batches:
         s, rng, n = self.settings, random.Random(f"{self.settings.seed} {w}"), len(self.records)
         places = range(w * self.WINDOW * s.batch_size, (w + 1) * self.WINDOW * s.batch_size)
         top = 1 + w * self.WINDOW // s.level_steps if s.level_steps else math.inf
+        drawn = [(p, self.order(p // n)[p % n]) for p in places]
         if top < max(self.levels):
-            ready = [i for i, level in enumerate(self.levels) if level <= top] or range(n)
-            drawn = [(p, rng.choice(ready)) for p in places]
-        else:
-            drawn = [(p, self.order(p // n)[p % n]) for p in places]
+            ready = {}
+            for i, level in enumerate(self.levels):
+                if level <= top:
+                    ready.setdefault(self.records[i].get("_folder"), []).append(i)
+            drawn = [(p, rng.choice(ready.get(self.records[i].get("_folder")) or [i])) for p, i in drawn]
         drawn.sort(key=lambda place: rough_length(self.records[place[1]]))
         batches = [drawn[i : i + s.batch_size] for i in range(0, len(drawn), s.batch_size)]
         rng.shuffle(batches)
