@@ -2960,6 +2960,18 @@ def test_spoken_digits_are_stretched_at_their_pitch(factor):
     assert 0.9 < np.abs(y[1000:-1000]).max() < 1.1  # the pieces fit
 
 
+def test_spoken_digits_are_cut_and_coloured():
+    data, g = runpy.run_path(str(REPO / "data/spoken_digits/prepare.py")), np.random.default_rng(0)
+    x = np.concatenate([g.normal(size=n) * 10 ** (db / 20) for n, db in ((2000, -60), (1000, -20), (1000, 0), (2000, -60))])
+    assert len(data["trim"](x, 10)) == pytest.approx(1000, abs=120) and len(data["trim"](x, 40)) == pytest.approx(2000, abs=120)
+    assert len(data["trim"](x, 90)) == 6000 and len(data["trim"](np.zeros(50), 10)) == 50 and len(data["trim"](x[:1], 10)) == 1
+    x = g.normal(size=2**14)
+    gain = 20 * np.log10(np.abs(np.fft.rfft(data["shape"](x, random.Random(1), 8)) / np.fft.rfft(x)))
+    rng = random.Random(1)
+    at = np.linspace(0, len(gain) - 1, 7)
+    assert gain[1:-1] == pytest.approx(np.interp(np.arange(len(gain)), at, [rng.uniform(-8, 8) for _ in range(7)])[1:-1], abs=1e-6)
+
+
 def test_spoken_digits_from_a_bad_folder(voices, tmp_path, monkeypatch):
     (tmp_path / "1_a_0.wav").write_bytes(b"RIFF")
     for args in ([tmp_path], [tmp_path / "none"], [voices, "--held_out=nobody"]):

@@ -67,7 +67,8 @@ def shape(x, rng, db):
 
 def trim(x, below):
     """Samples cut as closely as some cut them: from the first to the last that is at most `below` dB fainter than the loudest, over 15 ms."""
-    loudness = np.convolve(x**2, np.hanning(RATE * 15 // 1000), "same")
+    n = RATE * 15 // 2000
+    loudness = np.convolve(np.pad(x**2, n), np.hanning(2 * n + 1), "valid")
     there = np.flatnonzero(loudness >= loudness.max() * 10 ** (-below / 10))
     return x[there[0] : there[-1] + 1]
 
