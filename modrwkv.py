@@ -1007,14 +1007,15 @@ class WaveNet(nn.Module):
     Vector t knows the points up to t alone; before the series there are zeros, its mean."""
 
     CHANNELS, DILATIONS = 8, (1, 2, 4, 8)
+    CHANGE = 5  # times the change from point to point: of a series' fast waves, which are faint, nothing was learned without it
 
     def __init__(self, config):
         super().__init__()
         n, self.width = self.CHANNELS, config.encoder_width
-        self.start = nn.Conv1d(2, n, 1)
+        self.start = nn.Conv1d(3, n, 1)
         self.gates = nn.ModuleList(nn.Conv1d(n, 2 * n, 2, dilation=d) for d in self.DILATIONS)
         self.residuals = nn.ModuleList(nn.Conv1d(n, n, 1) for _ in self.DILATIONS)
-        self.end = nn.Conv1d(n + 2, self.width, 1)
+        self.end = nn.Conv1d(n + 3, self.width, 1)
 
     def load(self, series):
         """A .csv file (its last column), or numbers, as normalised points: see `normalise`."""
@@ -1030,6 +1031,7 @@ class WaveNet(nn.Module):
     def forward(self, series):
         """[(2, n)] -> [(n, width)]"""
         x = pad([points.T for points in series]).mT.to(self.start.weight)
+        x = torch.cat([x, self.CHANGE * F.pad(x[:, :1].diff(), (1, 0))], 1)
         h, skips = self.start(x), 0
         for dilation, gate, residual in zip(self.DILATIONS, self.gates, self.residuals):
             value, opening = gate(F.pad(h, (dilation, 0))).chunk(2, 1)
@@ -1800,18 +1802,21 @@ def pick(logits, temperature, top_k, top_p, generator):
 # 8. Optimizer
 
 
-def parameter_groups(model, weight_decay, decay_lr=2.0):
+def parameter_groups(model, weight_decay, decay_lr=2.0, muon=False):
     """AdamW groups as the official ones ([4], configure_optimizers): weight decay on matrices named `.weight` only, twice
-    the learning rate (decay_lr) on att.w0 and att.time_decay. Each group's learning rate is to be multiplied by its "lr_scale"."""
-    groups = {"decay": [], "w0": [], "rest": []}
+    the learning rate (decay_lr) on att.w0 and att.time_decay. Each group's learning rate is to be multiplied by its "lr_scale".
+    muon: a fourth group, for torch.optim.Muon, takes the matrices of blocks, encoders and adapters from the first."""
+    groups = {"decay": [], "w0": [], "rest": [], "muon": []}
     for name, p in model.named_parameters():
         matrix = name.endswith(".weight") and sum(n > 1 for n in p.shape) >= 2
-        groups["w0" if name.endswith(("att.w0", "att.time_decay")) else "decay" if matrix else "rest"].append(p)
+        inside = p.ndim == 2 and not name.startswith(("emb.", "head.", "forecast_head."))
+        group = "w0" if name.endswith(("att.w0", "att.time_decay")) else "rest" if not matrix else "muon" if muon and inside else "decay"
+        groups[group].append(p)
     return [
         {"params": groups["decay"], "weight_decay": weight_decay, "lr_scale": 1.0},
         {"params": groups["w0"], "weight_decay": 0.0, "lr_scale": decay_lr},
         {"params": groups["rest"], "weight_decay": 0.0, "lr_scale": 1.0},
-    ]
+    ] + [{"params": groups["muon"], "weight_decay": weight_decay, "lr_scale": 1.0}] * muon
 
 
 def freeze(model, phase, names=""):

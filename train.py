@@ -86,6 +86,7 @@ class Train:
     schedule: str = setting("wsd", "wsd: warm-up, stable, linear decay; cosine: warm-up, half a cosine; constant")
     warmup_steps: int = setting(50, "steps from zero to the peak learning rate")
     decay_fraction: float = setting(0.5, "part of the steps in which wsd decays")
+    optimizer: str = setting("adamw", "adamw; or muon for the matrices of blocks, encoders and adapters, which learns sooner what is faint in the data")
     weight_decay: float = setting(0.1, "on matrices only")
     decay_lr: float = setting(2.0, "learning rate of the decays (att.w0, att.time_decay), in units of the others'; 1 in both papers' code")
     beta1: float = setting(0.9, "AdamW's first decay rate")
@@ -112,11 +113,13 @@ SUITED = {  # settings that suit an embedded data set, unless they are given; of
     | dict(learning_rate=1.2e-3, batch_size=32, max_steps=3400, level_steps=150, eval_interval=1000, save_interval=1000),
     "same": dict(image_encoder="patch", audio_encoder="mel")
     | dict(learning_rate=1.2e-3, batch_size=16, max_steps=4000, level_steps=400, eval_interval=1000, save_interval=1000),
-    "series": dict(image_encoder="none", series_encoder="wavenet", encoder_width=48, n_layer=3),
+    "series": dict(image_encoder="none", series_encoder="wavenet", encoder_width=48, n_layer=3)
+    | dict(optimizer="muon", loss_reduction="sample", max_steps=3600, eval_interval=900, save_interval=900),
     "shakespeare": dict(image_encoder="none"),
     "llava": dict(image_height=64, patch_height=16, patch_width=16, image_trim=False),
 }
-SUITED |= {"spoken_digits": SUITED["morse"] | {"max_steps": 2000}, "librispeech": SUITED["morse"], "aishell": SUITED["morse"], "gift_eval": SUITED["series"]}
+SUITED |= {"spoken_digits": SUITED["morse"] | {"max_steps": 2000}, "librispeech": SUITED["morse"], "aishell": SUITED["morse"]}
+SUITED |= {"gift_eval": SUITED["series"] | {"optimizer": "adamw", "loss_reduction": "token"}}
 
 
 def find_data(names, val):
@@ -541,7 +544,8 @@ def start(s, config, given, suited):
 def main(argv=None):
     s, config, given = flags(__doc__, Train, Config, argv=argv)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    for name, known in (("phase", ("adapter", "all")), ("schedule", ("wsd", "cosine", "constant")), ("loss_reduction", ("token", "sample"))):
+    known_values = {"phase": ("adapter", "all"), "schedule": ("wsd", "cosine", "constant"), "loss_reduction": ("token", "sample"), "optimizer": ("adamw", "muon")}
+    for name, known in known_values.items():
         if getattr(s, name) not in known:
             raise InputError(f"--{name}={getattr(s, name)} is not one of {', '.join(known)}")
     for name in ("max_steps", "batch_size", "grad_accum", "ctx_len", "eval_interval", "eval_samples", "save_interval"):
@@ -602,14 +606,15 @@ def main(argv=None):
         shard(objective, device, world)
     elif world > 1:
         objective = DistributedDataParallel(objective, find_unused_parameters=True)
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, s.weight_decay, s.decay_lr), betas=(s.beta1, s.beta2), eps=s.adam_eps, fused=device.type in ("cpu", "cuda")
-    )
+    groups = parameter_groups(model, s.weight_decay, s.decay_lr, s.optimizer == "muon")
+    optimizers = [torch.optim.AdamW(groups[:3], betas=(s.beta1, s.beta2), eps=s.adam_eps, fused=device.type in ("cpu", "cuda"))]
+    optimizers += [torch.optim.Muon([group], adjust_lr_fn="match_rms_adamw") for group in groups[3:]]
     first, kept = 0, []
     log_path, ckpt_path = os.path.join(s.out_dir, "log.jsonl"), os.path.join(s.out_dir, "ckpt.pt")
     if ckpt:
         first = ckpt["step"]
-        optimizer.load_state_dict(scattered(ckpt["optimizer"], optimizer) if sharded else ckpt["optimizer"])
+        for optimizer, state in zip(optimizers, ckpt["optimizer"]):
+            optimizer.load_state_dict(scattered(state, optimizer) if sharded else state)
         torch.set_rng_state(ckpt["rng"])
         with contextlib.suppress(FileNotFoundError), open(log_path) as f:  # what was logged after the checkpoint will be done and logged again
             kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= first]
@@ -646,9 +651,9 @@ def main(argv=None):
                 whole.load_state_dict(state)
 
     def checkpoint(step):
-        state = gathered(optimizer.state_dict(), rank == 0)
+        states = [gathered(optimizer.state_dict(), rank == 0) for optimizer in optimizers]
         if rank == 0:
-            save(ckpt_path, whole, optimizer=state, rng=torch.get_rng_state(), step=step, train=asdict(s))
+            save(ckpt_path, whole, optimizer=states, rng=torch.get_rng_state(), step=step, train=asdict(s))
 
     @torch.no_grad()
     def evaluate(step, n):
@@ -700,10 +705,11 @@ def main(argv=None):
                 if not any(n for kind, n in zip(KINDS, there) if kind in next((NEED[part] for part in NEED if name.startswith(part + ".")), KINDS)):
                     p.grad = None
             norm = gathered(torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf), True)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, s) * group["lr_scale"]
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(step, s) * group["lr_scale"]
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
 
             scores, saves = ((step + 1) % n == 0 for n in (s.eval_interval, s.save_interval))
             end = step + 1 == s.max_steps

@@ -1,12 +1,12 @@
 """Time series to learn forecasting from: made up, and real ones if there are any at hand.
 
-    python data/series/prepare.py [--real=a.jsonl,FOLDER] [--series=12000] [--seed=1] [--out=data/series]
+    python data/series/prepare.py [--real=a.jsonl,FOLDER] [--series=40000] [--seed=1] [--out=data/series]
 
 writes train.jsonl and val.jsonl, {"item_id", "target"} a line. What is made up is a sum or product of seasons with harmonics, daily and
 weekly profiles, trends, Gaussian processes and several kinds of noise, with breaks, bursts, gaps and limits, and mixtures of such
 series. --real takes files of such lines and folders of .arrow files, as GIFT-Eval's (which takes pyarrow): cut, stretched, turned
-over and mixed, they make 60 % of train and half of val, which has a tenth of them for itself. Series of the data sets of the LTSF benchmark are left out by
-name (BENCHMARKS). 12,000 series take 140 MB.
+over, mixed and drowned in noise, they make 40 % of train and half of val, which has a tenth of them for itself. Series of the data sets of
+the LTSF benchmark are left out by name (BENCHMARKS). 40,000 series take 450 MB.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import sys
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the matrices are small
 
 import numpy as np
+from scipy.signal import lfilter
 
 LENGTH, HELD_OUT = 1632, 816  # points of a series of train and of val
 BENCHMARKS = re.compile(r"(^|/)(ett[hm]?[12]?|ecl|electricity|(jena_)?weather|(sf_)?traffic|loop_seattle|sz_taxi)(?=[/._-]|$)", re.I)
@@ -40,12 +41,12 @@ def seasons(g, t):
 
 
 def profile(g, t):
-    """A day's course hour by hour, other on days off, day by day a little more or less."""
+    """A day's course hour by hour, other on days off, day by day and by the day of the week a little more or less."""
     day = int(g.choice((24, 24, 24, 48, 96)))
     shapes = np.abs([smooth(g, 3 * day, day / g.uniform(3, 10))[day : 2 * day] for _ in range(2)]) ** g.uniform(0.7, 2)
     free = g.choice((0, 1, 2), p=(0.2, 0.3, 0.5))
     days = (t // day).astype(int)
-    level = 1 + g.uniform(0, 0.4) * noise(g, days.max() + 1)[days]
+    level = 1 + g.uniform(0, 0.4) * noise(g, days.max() + 1)[days] + g.uniform(0, 0.3) * (g.random() < 0.7) * g.normal(size=7)[days % 7]
     shape = np.where((days % 7 >= 7 - free)[:, None], shapes[1], shapes[0])[np.arange(len(t)), (t % day).astype(int)]
     return shape * level
 
@@ -61,24 +62,20 @@ def smooth(g, n, scale):
 
 
 def trend(g, t):
-    n, kind = len(t), g.integers(4)
+    n, kind = len(t), g.integers(3)
     if kind == 0:
         return g.normal() * np.linspace(-1, 1, n)
     if kind == 1:  # in pieces
         return np.cumsum(np.repeat(g.normal(size=8), n // 8 + 1)[:n]) / n * 4
-    if kind == 2:
-        return np.cumsum(g.normal(size=n)) / n**0.5
     return np.tanh((np.linspace(-1, 1, n) - g.uniform(-0.7, 0.7)) * g.uniform(2, 15)) * g.normal()
 
 
-def noise(g, n):
-    """Of unit variance: white, heavy-tailed, autoregressive, in bursts."""
-    kind = g.integers(4)
+def noise(g, n, kind=None):
+    """Of unit variance: white, heavy-tailed, remembered for 1 to 500 points (kind 2), in bursts."""
+    kind = g.integers(4) if kind is None else kind
     x = g.standard_t(g.uniform(2.5, 6), n) if kind == 1 else g.normal(size=n)
     if kind == 2:
-        memory, y = g.uniform(0.3, 0.995), 0.0
-        for i in range(n):
-            y = x[i] = memory * y + x[i]
+        x = lfilter([1], [1, -np.exp(-1 / np.exp(g.uniform(0, np.log(500))))], g.normal(size=n + 1500))[-n:]
     if kind == 3:
         x = x * np.exp(g.uniform(0.3, 1) * smooth(g, n, g.uniform(20, 300)))
     return x / (x.std() + 1e-9)
@@ -110,9 +107,11 @@ def invent(g, n):
     y = unit(process(g, np.arange(n)) if kind < 0.2 else profile(g, t) if kind < 0.5 else seasons(g, t))
     if g.random() < 0.4:
         y = y + g.uniform(0.1, 1) * unit(profile(g, t) if g.random() < 0.5 else seasons(g, t))
-    if g.random() < 0.6:
+    if g.random() < 0.4:
         y = y + g.exponential(0.7) * unit(trend(g, t))
-    y = y + np.exp(g.uniform(np.log(0.02), np.log(1))) * noise(g, n)
+    y = y + np.exp(g.uniform(np.log(0.1), np.log(3))) * noise(g, n)
+    if g.random() < 0.5:
+        y = y + np.exp(g.uniform(np.log(0.05), np.log(2))) * noise(g, n, kind=2)
     if g.random() < 0.15:  # what is a product is so mostly of what is positive
         y = np.exp(g.uniform(0.3, 1) * unit(y))
     if g.random() < 0.25:  # from some point on another level or another strength
@@ -186,11 +185,11 @@ def cut(g, series, n):
     """n points, or all there are, of one of these series; a longer one comes more often, or hundreds of short ones would be most of all."""
     weights = np.array([len(x) ** 1.2 for *_, x in series])
     x = series[g.choice(len(series), p=weights / weights.sum())][-1]
-    if g.random() < 0.2:
+    if g.random() < 0.4:
         pace = np.exp(g.uniform(-0.7, 0.7))
         x = np.interp(np.arange(0, len(x) - 1, pace), np.arange(len(x)), x)
     at = g.integers(max(1, len(x) - n + 1))
-    return x[at : at + n] * (-1 if g.random() < 0.3 else 1)
+    return x[at : at + n] * (-1 if g.random() < 0.5 else 1)
 
 
 def write(out, name, many, g, n, real, share):
@@ -201,10 +200,12 @@ def write(out, name, many, g, n, real, share):
     with open(os.path.join(out, f"{name}.jsonl.partial"), "w") as f:
         for i in range(many):
             x = draw()
-            if g.random() < 0.3:
+            if g.random() < 0.5:
                 other, part = draw(), g.uniform(0.2, 0.8)
                 n_both = min(len(x), len(other))
                 x = unit(part * x[-n_both:] + (1 - part) * other[-n_both:])
+            if g.random() < 0.5:
+                x = unit(x + np.exp(g.uniform(np.log(0.1), np.log(2))) * noise(g, len(x), g.choice((None, 2))))
             f.write(json.dumps({"item_id": f"{name}-{i}", "target": [round(float(y), 3) for y in x]}) + "\n")
     os.replace(f.name, f.name.removesuffix(".partial"))
 
@@ -213,7 +214,7 @@ if __name__ == "__main__":
     here = os.path.dirname(os.path.abspath(__file__))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--real", default="", help="files of series, and folders of .arrow files, separated by commas")
-    parser.add_argument("--series", type=int, default=12000, help="for training; a thirtieth as many for validation")
+    parser.add_argument("--series", type=int, default=40000, help="for training; a thirtieth as many for validation")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--out", default=here)
     args = parser.parse_args()
@@ -221,6 +222,6 @@ if __name__ == "__main__":
     places = sorted({at for at, *_ in real})  # all variables of a record stay on one side
     held_out = set(random.Random(0).sample(places, len(places) // 10))
     os.makedirs(args.out, exist_ok=True)
-    write(args.out, "train", args.series, np.random.default_rng(args.seed), LENGTH, [x for x in real if x[0] not in held_out], 0.6)
+    write(args.out, "train", args.series, np.random.default_rng(args.seed), LENGTH, [x for x in real if x[0] not in held_out], 0.4)
     write(args.out, "val", max(1, args.series // 30), np.random.default_rng(args.seed + 1), HELD_OUT, [x for x in real if x[0] in held_out], 0.5)
     print(f"{args.series} series for training, {max(1, args.series // 30)} held out; {len(real)} real ones to cut them from")
