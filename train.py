@@ -109,8 +109,8 @@ SUITED = {  # settings that suit an embedded data set, unless they are given; of
     "digits": dict(image_encoder="patch"),
     "shapes": dict(image_height=48, patch_height=16, patch_width=16, conv_kernel=0, image_trim=False, n_layer=3, prompt_style="last")
     | dict(learning_rate=1.2e-3, batch_size=32, max_steps=4000, level_steps=100, eval_interval=1000, save_interval=1000),
-    "morse": dict(image_encoder="none", audio_encoder="mel")
-    | dict(learning_rate=1.2e-3, batch_size=32, max_steps=3400, level_steps=150, eval_interval=1000, save_interval=1000),
+    "morse": dict(image_encoder="none", audio_encoder="mel", optimizer="muon")
+    | dict(learning_rate=1.2e-3, batch_size=32, max_steps=2600, level_steps=100, eval_interval=650, save_interval=650),
     "same": dict(image_encoder="patch", audio_encoder="mel")
     | dict(learning_rate=1.2e-3, batch_size=16, max_steps=4000, level_steps=400, eval_interval=1000, save_interval=1000),
     "series": dict(image_encoder="none", series_encoder="wavenet", encoder_width=48, n_layer=3)
@@ -118,7 +118,7 @@ SUITED = {  # settings that suit an embedded data set, unless they are given; of
     "shakespeare": dict(image_encoder="none"),
     "llava": dict(image_height=64, patch_height=16, patch_width=16, image_trim=False),
 }
-SUITED |= {"spoken_digits": SUITED["morse"] | {"max_steps": 2000}, "librispeech": SUITED["morse"], "aishell": SUITED["morse"]}
+SUITED |= {"spoken_digits": SUITED["morse"]} | {name: SUITED["morse"] | {"optimizer": "adamw"} for name in ("librispeech", "aishell")}
 SUITED |= {"gift_eval": SUITED["series"] | {"optimizer": "adamw", "loss_reduction": "token"}}
 
 
@@ -544,8 +544,8 @@ def start(s, config, given, suited):
 def main(argv=None):
     s, config, given = flags(__doc__, Train, Config, argv=argv)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    known_values = {"phase": ("adapter", "all"), "schedule": ("wsd", "cosine", "constant"), "loss_reduction": ("token", "sample"), "optimizer": ("adamw", "muon")}
-    for name, known in known_values.items():
+    choices = dict(phase=("adapter", "all"), schedule=("wsd", "cosine", "constant"), loss_reduction=("token", "sample"), optimizer=("adamw", "muon"))
+    for name, known in choices.items():
         if getattr(s, name) not in known:
             raise InputError(f"--{name}={getattr(s, name)} is not one of {', '.join(known)}")
     for name in ("max_steps", "batch_size", "grad_accum", "ctx_len", "eval_interval", "eval_samples", "save_interval"):
