@@ -106,7 +106,7 @@ class Train:
 # ---------------------------------------------------------------------------------------------- data
 
 SUITED = {  # settings that suit an embedded data set, unless they are given; of several, all encoders, and else the last one's
-    "digits": dict(image_encoder="patch"),
+    "digits": dict(image_encoder="patch", optimizer="muon"),
     "shapes": dict(image_height=48, patch_height=16, patch_width=16, conv_kernel=0, image_trim=False, n_layer=3, prompt_style="last")
     | dict(learning_rate=1.2e-3, batch_size=32, max_steps=4000, level_steps=100, eval_interval=1000, save_interval=1000),
     "morse": dict(image_encoder="none", audio_encoder="mel", optimizer="muon")
