@@ -1415,9 +1415,12 @@ class Adapter(nn.Module):
 
     The sequence is padded on the left so that the last window ends on the last vector:
     L' = floor((L + pad - k) / s) + 1, 577 and 576 vectors both give 288, 192, 144 for (3,2), (4,3), (5,4).
+
+    To the vectors of a series learned ones are added, one for each place counted from the end, as many as `lookback` vectors of
+    its encoder give; vectors further back share the first. Without them what stood a week ago is found late or not at all.
     """
 
-    def __init__(self, width, n_embd, scale, kernel, stride, kind="mlp"):
+    def __init__(self, width, n_embd, scale, kernel, stride, kind="mlp", lookback=0):
         super().__init__()
         self.kernel, self.stride, self.kind = kernel, stride, kind
         if kernel:
@@ -1431,6 +1434,7 @@ class Adapter(nn.Module):
             self.o_proj = nn.Linear(width, n_embd, bias=False)
         if kind == "gated":
             self.gate, self.ln_v = nn.Linear(width, width, bias=False), nn.LayerNorm(n_embd)
+        self.place = nn.Parameter(2 * torch.randn(self.length(lookback), n_embd)) if lookback else None  # loud: fainter ones are used late
 
     def padding(self, n):  # on the left
         return max(self.kernel - n, (self.kernel - n) % self.stride)
@@ -1455,6 +1459,8 @@ class Adapter(nn.Module):
             y = y + self.pre_norm(y)
         else:
             y = self.o_proj(x) if self.kind == "linear" else self.ln_v(self.o_proj(x * torch.sigmoid(self.gate(x))))
+        if self.place is not None:
+            y = y + self.place[torch.cat([torch.arange(-n, 0).clamp(min=-len(self.place)) for n in lengths])]
         return y.split(lengths)
 
 
@@ -1535,6 +1541,7 @@ class ModRWKV(nn.Module):
                 encoder = self.encoder[kind] = ENCODERS[kind][name](config) if name in ENCODERS[kind] else read_pretrained(kind, name)
                 convs = {"image": (config.conv_kernel, config.conv_stride), "series": (config.series_kernel, config.series_stride)}
                 own = (*convs[kind], config.adapter_kind) if kind in convs else ()
+                own += (len(encoder.ends(config.lookback)),) if kind == "series" else ()
                 self.adapter[kind] = (Adapter if kind in convs else SpeechAdapter)(encoder.width, C, config.adapter_scale, *own)
         if "series" in self.encoder:
             n, kernel = len(self.encoder["series"].ends(config.lookback)), config.series_kernel

@@ -1058,6 +1058,24 @@ def test_adapter_is_conv_mlp_and_norm(kernel, stride):
     assert COUNTS.get((kernel, stride), lengths) == lengths
 
 
+@pytest.mark.parametrize("kind", ["mlp", "linear", "gated"])
+@torch.no_grad()
+def test_each_vector_of_a_series_is_given_its_place_from_the_end(kind):
+    adapter = Adapter(12, 16, 2, 4, 2, kind, lookback=20)
+    assert adapter.place.shape == (9, 16) and 1.5 < adapter.place.std() < 2.5
+    adapter = randomise(adapter).double()
+    signals = [torch.randn(n, 12, generator=torch.Generator().manual_seed(n)).double() for n in (20, 1, 9, 60)]
+    placed, place = adapter(signals), adapter.place.clone()
+    adapter.place.zero_()
+    for x, y, z in zip(signals, placed, adapter(signals)):
+        n = len(y)
+        for i in range(n):
+            assert distance(y[i] - z[i], place[max(0, 9 - n + i)]) < 1e-12
+    assert len(placed[0]) == 9 and len(placed[3]) == 29
+    with_series = ModRWKV(dataclasses.replace(SMALL, lookback=50))
+    assert with_series.adapter["series"].place.shape == (12, 64) and with_series.adapter["image"].place is None
+
+
 @pytest.mark.parametrize("n", [480, 1600, 16000, 16000 * 31])
 def test_frames_are_those_of_whisper(n):
     """Of the whole sound: Whisper's own cuts it at 30 seconds unless told otherwise."""

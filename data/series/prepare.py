@@ -41,14 +41,15 @@ def seasons(g, t):
 
 
 def profile(g, t):
-    """A day's course hour by hour, other on days off, day by day and by the day of the week a little more or less."""
-    day = int(g.choice((24, 24, 24, 48, 96)))
-    shapes = np.abs([smooth(g, 3 * day, day / g.uniform(3, 10))[day : 2 * day] for _ in range(2)]) ** g.uniform(0.7, 2)
+    """A day's course hour by hour, other on days off or on each day of the week, and day by day and week by week more or less of it."""
+    day = int(g.choice((24, 24, 24, 24, 24, 24, 48, 96)))
+    shapes = np.abs([smooth(g, 3 * day, day / g.uniform(3, 10))[day : 2 * day] for _ in range(7)]) ** g.uniform(0.7, 2)
     free = g.choice((0, 1, 2), p=(0.2, 0.3, 0.5))
     days = (t // day).astype(int)
-    level = 1 + g.uniform(0, 0.4) * noise(g, days.max() + 1)[days] + g.uniform(0, 0.3) * (g.random() < 0.7) * g.normal(size=7)[days % 7]
-    shape = np.where((days % 7 >= 7 - free)[:, None], shapes[1], shapes[0])[np.arange(len(t)), (t % day).astype(int)]
-    return shape * level
+    weekly = lambda: g.exponential(0.2) * g.normal(size=7)[days % 7]
+    level = 1 + g.uniform(0, 0.4) * noise(g, days.max() + 1)[days] + weekly()
+    course = days % 7 if g.random() < 0.25 else (days % 7 >= 7 - free).astype(int)
+    return shapes[course, (t % day).astype(int)] * level + weekly()
 
 
 def smooth(g, n, scale):
@@ -71,11 +72,11 @@ def trend(g, t):
 
 
 def noise(g, n, kind=None):
-    """Of unit variance: white, heavy-tailed, remembered for 1 to 500 points (kind 2), in bursts."""
+    """Of unit variance: white, heavy-tailed, remembered for 1 to 100 points (kind 2), in bursts."""
     kind = g.integers(4) if kind is None else kind
     x = g.standard_t(g.uniform(2.5, 6), n) if kind == 1 else g.normal(size=n)
     if kind == 2:
-        x = lfilter([1], [1, -np.exp(-1 / np.exp(g.uniform(0, np.log(500))))], g.normal(size=n + 1500))[-n:]
+        x = lfilter([1], [1, -np.exp(-1 / np.exp(g.uniform(0, np.log(100))))], g.normal(size=n + 1500))[-n:]
     if kind == 3:
         x = x * np.exp(g.uniform(0.3, 1) * smooth(g, n, g.uniform(20, 300)))
     return x / (x.std() + 1e-9)
@@ -104,17 +105,17 @@ def invent(g, n):
     t = np.arange(n) + g.integers(1000)
     unit = lambda x: (x - x.mean()) / (x.std() + 1e-9)
     kind = g.random()
-    y = unit(process(g, np.arange(n)) if kind < 0.2 else profile(g, t) if kind < 0.5 else seasons(g, t))
+    y = unit(process(g, np.arange(n)) if kind < 0.05 else profile(g, t) if kind < 0.7 else seasons(g, t))
     if g.random() < 0.4:
         y = y + g.uniform(0.1, 1) * unit(profile(g, t) if g.random() < 0.5 else seasons(g, t))
-    if g.random() < 0.4:
+    if g.random() < 0.15:
         y = y + g.exponential(0.7) * unit(trend(g, t))
     y = y + np.exp(g.uniform(np.log(0.1), np.log(3))) * noise(g, n)
-    if g.random() < 0.5:
-        y = y + np.exp(g.uniform(np.log(0.05), np.log(2))) * noise(g, n, kind=2)
+    if g.random() < 0.7:
+        y = y + np.exp(g.uniform(np.log(0.1), np.log(2))) * noise(g, n, kind=2)
     if g.random() < 0.15:  # what is a product is so mostly of what is positive
         y = np.exp(g.uniform(0.3, 1) * unit(y))
-    if g.random() < 0.25:  # from some point on another level or another strength
+    if g.random() < 0.1:  # from some point on another level or another strength
         at = g.integers(n)
         y[at:] = y[at:] * np.exp(g.normal() * 0.5) + g.normal() * y.std()
     if g.random() < 0.1:
