@@ -1416,11 +1416,11 @@ class Adapter(nn.Module):
     The sequence is padded on the left so that the last window ends on the last vector:
     L' = floor((L + pad - k) / s) + 1, 577 and 576 vectors both give 288, 192, 144 for (3,2), (4,3), (5,4).
 
-    To the vectors of a series learned ones are added, one for each place counted from the end, as many as `lookback` vectors of
-    its encoder give; vectors further back share the first. Without them what stood a week ago is found late or not at all.
+    vectors: of a series' encoder, those of a lookback. To each vector they become a learned one is added, by its place counted from the
+    end; vectors further back share the first place. Without places what stood a week ago is found late or not at all.
     """
 
-    def __init__(self, width, n_embd, scale, kernel, stride, kind="mlp", lookback=0):
+    def __init__(self, width, n_embd, scale, kernel, stride, kind="mlp", vectors=0):
         super().__init__()
         self.kernel, self.stride, self.kind = kernel, stride, kind
         if kernel:
@@ -1434,7 +1434,7 @@ class Adapter(nn.Module):
             self.o_proj = nn.Linear(width, n_embd, bias=False)
         if kind == "gated":
             self.gate, self.ln_v = nn.Linear(width, width, bias=False), nn.LayerNorm(n_embd)
-        self.place = nn.Parameter(2 * torch.randn(self.length(lookback), n_embd)) if lookback else None  # loud: fainter ones are used late
+        self.place = nn.Parameter(2 * torch.randn(self.length(vectors), n_embd)) if vectors else None  # loud: fainter ones are used late
 
     def padding(self, n):  # on the left
         return max(self.kernel - n, (self.kernel - n) % self.stride)

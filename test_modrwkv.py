@@ -1061,7 +1061,7 @@ def test_adapter_is_conv_mlp_and_norm(kernel, stride):
 @pytest.mark.parametrize("kind", ["mlp", "linear", "gated"])
 @torch.no_grad()
 def test_each_vector_of_a_series_is_given_its_place_from_the_end(kind):
-    adapter = Adapter(12, 16, 2, 4, 2, kind, lookback=20)
+    adapter = Adapter(12, 16, 2, 4, 2, kind, vectors=20)
     assert adapter.place.shape == (9, 16) and 1.5 < adapter.place.std() < 2.5
     adapter = randomise(adapter).double()
     signals = [torch.randn(n, 12, generator=torch.Generator().manual_seed(n)).double() for n in (20, 1, 9, 60)]

@@ -41,7 +41,7 @@ def seasons(g, t):
 
 
 def profile(g, t):
-    """A day's course hour by hour, other on days off or on each day of the week, and day by day and week by week more or less of it."""
+    """A day's course hour by hour, other on days off or on each day of the week, more or less of it day by day and by the day of the week."""
     day = int(g.choice((24, 24, 24, 24, 24, 24, 48, 96)))
     shapes = np.abs([smooth(g, 3 * day, day / g.uniform(3, 10))[day : 2 * day] for _ in range(7)]) ** g.uniform(0.7, 2)
     free = g.choice((0, 1, 2), p=(0.2, 0.3, 0.5))
