@@ -85,12 +85,27 @@ class Config:
     head_size: int = setting(64, "channels of one head")
     tokenizer: str = setting("bytes", "bytes, gpt2, or the path of an RWKV World vocabulary (rwkv_vocab_v20230424.txt)")
     template: str = setting("world", "how turns are written as text: world, v1, v2 or v3")
-    prompt_style: str = setting("written", "where a question has its pictures: written, first, last, sandwich, before or tagged: PROMPT_STYLES")
-    scan: str = setting("uni", "order in which layers read a picture's vectors: uni, bi (forward, backward) or multi (down, up: layers 3 and 4)")
-    cls: str = setting("first", "where clip and dinov2 have the vector of the whole picture: first (ModRWKV) or last (VisualRWKV); it is not scanned")
-    image_encoder: str = setting("patch", "patch, from scratch; siglip, clip, dinov2, or the folder or hub id of one (frozen; several: a+b); none: no eyes")
-    audio_encoder: str = setting("none", "mel, from scratch; wavlm, whisper, or the folder or hub id of one (frozen); none: no ears")
-    series_encoder: str = setting("none", "wavenet, timer (pretrained: see --timer_weights), or none for a model that reads no series")
+    prompt_style: str = setting(
+        "written", "where a question has its pictures: written, first, last, sandwich, before or tagged: PROMPT_STYLES"
+    )
+    scan: str = setting(
+        "uni",
+        "order in which layers read a picture's vectors: uni, bi (forward, backward) or multi (down, up: layers 3 and 4)",
+    )
+    cls: str = setting(
+        "first",
+        "where clip and dinov2 have the vector of the whole picture: first (ModRWKV) or last (VisualRWKV); it is not scanned",
+    )
+    image_encoder: str = setting(
+        "patch",
+        "patch, from scratch; siglip, clip, dinov2, or the folder or hub id of one (frozen; several: a+b); none: no eyes",
+    )
+    audio_encoder: str = setting(
+        "none", "mel, from scratch; wavlm, whisper, or the folder or hub id of one (frozen); none: no ears"
+    )
+    series_encoder: str = setting(
+        "none", "wavenet, timer (pretrained: see --timer_weights), or none for a model that reads no series"
+    )
     series_kernel: int = setting(24, "kernel of the Conv1D after the series encoder; 0 for no Conv1D")
     series_stride: int = setting(24, "stride of that Conv1D: so many points a vector")
     lookback: int = setting(720, "points of a series that a forecast is made from")
@@ -102,7 +117,9 @@ class Config:
     image_trim: bool = setting(True, "cut away the empty border of a picture")
     conv_kernel: int = setting(6, "kernel of the Conv1D after the image encoder; 0 for no Conv1D")
     conv_stride: int = setting(2, "stride of the Conv1D: that many fewer vectors per picture")
-    adapter_kind: str = setting("mlp", "of pictures and series: mlp (ModRWKV), linear (VisualRWKV 6.0) or gated (VisualRWKV 7.00)")
+    adapter_kind: str = setting(
+        "mlp", "of pictures and series: mlp (ModRWKV), linear (VisualRWKV 6.0) or gated (VisualRWKV 7.00)"
+    )
     adapter_scale: int = setting(4, "hidden width of an mlp, in units of n_embd")
 
 
@@ -152,7 +169,11 @@ class WorldTokenizer:
         try:
             with open(path, encoding="utf-8") as f:
                 for n, line in enumerate(f, 1):
-                    index, literal, length = line[: line.index(" ")], line[line.index(" ") : line.rindex(" ")], line.split()[-1]
+                    index, literal, length = (
+                        line[: line.index(" ")],
+                        line[line.index(" ") : line.rindex(" ")],
+                        line.split()[-1],
+                    )
                     token = ast.literal_eval(literal.strip())
                     token = token.encode("utf-8") if isinstance(token, str) else token
                     if len(token) != int(length):
@@ -163,7 +184,9 @@ class WorldTokenizer:
                         node = node.setdefault(byte, {})
                     node[-1] = int(index)
         except OSError as e:
-            raise InputError(f"cannot read the tokenizer's vocabulary {path}: {e.strerror}; --tokenizer is bytes, gpt2 or such a file") from e
+            raise InputError(
+                f"cannot read the tokenizer's vocabulary {path}: {e.strerror}; --tokenizer is bytes, gpt2 or such a file"
+            ) from e
         except (ValueError, SyntaxError, TypeError, IndexError) as e:
             raise InputError(f"{path}, line {n}, is not a line of an RWKV World vocabulary: {e}") from e
 
@@ -227,7 +250,9 @@ def read_records(path):
                 places = [f"{path}, record {i}" for i in range(1, len(records) + 1)]
             else:
                 records, places = [], []
-                number = functools.lru_cache(1 << 16)(float)  # of a series' points most are equal to another: one object for all of these
+                number = functools.lru_cache(1 << 16)(
+                    float
+                )  # of a series' points most are equal to another: one object for all of these
                 for n, line in enumerate(f, 1):
                     if line.strip():
                         places.append(f"{path}, line {n}")
@@ -297,8 +322,12 @@ def check_record(record):
         raise InputError(f"{at}: the last question has no answer")
     for kind in MEDIA:
         files = record_files(record, kind)
-        if not isinstance(files, list) or not all(isinstance(file, str) or kind == "series" and is_numbers(file) for file in files):
-            raise InputError(f'{at}: "{kind}" is neither a path nor a list of paths' + (", nor numbers" if kind == "series" else ""))
+        if not isinstance(files, list) or not all(
+            isinstance(file, str) or kind == "series" and is_numbers(file) for file in files
+        ):
+            raise InputError(
+                f'{at}: "{kind}" is neither a path nor a list of paths' + (", nor numbers" if kind == "series" else "")
+            )
         n = len(files)
         if marks[kind] != n:
             raise InputError(f"{at}: {marks[kind]} <{kind}> in the questions, but {n} {kind} file(s)")
@@ -446,7 +475,10 @@ def wkv7_chunked(r, w, k, v, a, b, state=None):
     return unchunk(Q @ torch.stack(starts, 2).mT + Y), S
 
 
-KEPT = {"cpu": (32, 32), "cuda": (16, 0)}  # kernel.cu keeps one state in so many steps for its backward pass, and so many rows more
+KEPT = {
+    "cpu": (32, 32),
+    "cuda": (16, 0),
+}  # kernel.cu keeps one state in so many steps for its backward pass, and so many rows more
 
 
 @functools.cache
@@ -459,7 +491,11 @@ def kernel(kind):
         library = ctypes.CDLL(compile_for_cpu(source) if kind == "cpu" else compile_for_gpu(source))
     except (InputError, OSError, RuntimeError, ImportError, subprocess.SubprocessError) as e:
         reason = str(e).strip().splitlines()[0]
-        print(f"the recurrence runs in PyTorch's own operations, which is several times slower: {reason}", file=sys.stderr, flush=True)
+        print(
+            f"the recurrence runs in PyTorch's own operations, which is several times slower: {reason}",
+            file=sys.stderr,
+            flush=True,
+        )
         return None
     for function, pointers in ((library.wkv7_forward, 11), (library.wkv7_backward, 17)):
         function.argtypes = [ctypes.c_int64] * 4 + [ctypes.c_int] + [ctypes.c_void_p] * pointers
@@ -471,9 +507,15 @@ def compile_for_gpu(source):
     """The path of a shared library for the GPUs that are here; torch keeps it for the next time."""
     from torch.utils.cpp_extension import load_inline
 
-    print("loading kernel.cu for this GPU; the first time it is compiled, which takes about a minute ...", file=sys.stderr, flush=True)
+    print(
+        "loading kernel.cu for this GPU; the first time it is compiled, which takes about a minute ...",
+        file=sys.stderr,
+        flush=True,
+    )
     with open(source, encoding="utf-8") as f:
-        return load_inline("modrwkv_wkv7", "", f.read(), extra_cuda_cflags=["-O3"], is_python_module=False, no_implicit_headers=True)
+        return load_inline(
+            "modrwkv_wkv7", "", f.read(), extra_cuda_cflags=["-O3"], is_python_module=False, no_implicit_headers=True
+        )
 
 
 def compile_for_cpu(source):
@@ -494,7 +536,11 @@ def compile_for_cpu(source):
     print("compiling kernel.cu for this CPU, once ...", file=sys.stderr, flush=True)
     partial = f"{path}.{os.getpid()}"  # another process may be at it, too
     for own in (["-march=native", "-fopenmp"], ["-march=native"], []):  # Apple's clang has no OpenMP
-        done = subprocess.run([compiler, "-O3", "-std=c++17", *own, "-shared", "-fPIC", "-x", "c++", source, "-o", partial], capture_output=True, text=True)
+        done = subprocess.run(
+            [compiler, "-O3", "-std=c++17", *own, "-shared", "-fPIC", "-x", "c++", source, "-o", partial],
+            capture_output=True,
+            text=True,
+        )
         if done.returncode == 0:
             os.replace(partial, path)
             return path
@@ -532,13 +578,20 @@ def kernel_outputs(r, state, keep):
 def kernel_gradients(r, *_):
     B, T, H, N = r.shape
     w = torch.empty_like(r, dtype=torch.float32)
-    return torch.empty_like(r), w, *(torch.empty_like(r) for _ in range(4)), r.new_empty(B, H, N, N, dtype=torch.float32)
+    return (
+        torch.empty_like(r),
+        w,
+        *(torch.empty_like(r) for _ in range(4)),
+        r.new_empty(B, H, N, N, dtype=torch.float32),
+    )
 
 
 SIX = "Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b"
 
 
-@torch.library.custom_op("modrwkv::wkv7", mutates_args=(), schema=f"({SIX}, Tensor? state, bool keep) -> (Tensor, Tensor, Tensor)")
+@torch.library.custom_op(
+    "modrwkv::wkv7", mutates_args=(), schema=f"({SIX}, Tensor? state, bool keep) -> (Tensor, Tensor, Tensor)"
+)
 def wkv7_kernel(r, w, k, v, a, b, state, keep):
     """y, the last state and what the backward pass needs (if keep), from contiguous tensors."""
     y, last, kept = kernel_outputs(r, state, keep)
@@ -546,7 +599,11 @@ def wkv7_kernel(r, w, k, v, a, b, state, keep):
     return y, last, kept
 
 
-@torch.library.custom_op("modrwkv::wkv7_backward", mutates_args=(), schema=f"({SIX}, Tensor kept, Tensor dy, Tensor? dlast) -> ({', '.join(['Tensor'] * 7)})")
+@torch.library.custom_op(
+    "modrwkv::wkv7_backward",
+    mutates_args=(),
+    schema=f"({SIX}, Tensor kept, Tensor dy, Tensor? dlast) -> ({', '.join(['Tensor'] * 7)})",
+)
 def wkv7_kernel_backward(r, w, k, v, a, b, kept, dy, dlast):
     gradients = kernel_gradients(r)
     call_kernel("wkv7_backward", (r, w, k, v, a, b, kept, dy, dlast, *gradients))
@@ -574,7 +631,11 @@ wkv7_kernel.register_autograd(wkv7_gradients, setup_context=wkv7_setup)
 
 def wkv7(r, w, k, v, a, b, state=None):
     """The recurrence by the fastest way there is for these inputs: kernel.cu, or PyTorch's operations. See wkv7_loop."""
-    if r.dtype in (torch.float32, torch.bfloat16, torch.float16) and r.shape[-1] in (16, 32, 64, 128) and has_kernel(r.device.type):
+    if (
+        r.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and r.shape[-1] in (16, 32, 64, 128)
+        and has_kernel(r.device.type)
+    ):
         dtype = r.dtype if r.is_cuda else torch.float32
         dtypes = (dtype, torch.float32, dtype, dtype, dtype, dtype)  # the decay is sensitive
         six = [x.to(t).contiguous() for x, t in zip((r, w, k, v, a, b), dtypes)]
@@ -636,7 +697,9 @@ class TimeMix7(nn.Module):
 
         for name, power in dict(r=0.2, w=0.9, k=0.7, v=0.7, a=0.9, g=0.2).items():
             setattr(self, f"x_{name}", vector(1 - q ** (power * depth1)))
-        bias = dict(w=-5.5 + 6 * u ** (1 + depth0**0.3) + 2.5 * zigzag, a=-0.19 + 0.3 * zigzag + 0.4 * ramp, v=0.73 - 0.4 * ramp)
+        bias = dict(
+            w=-5.5 + 6 * u ** (1 + depth0**0.3) + 2.5 * zigzag, a=-0.19 + 0.3 * zigzag + 0.4 * ramp, v=0.73 - 0.4 * ramp
+        )
         ranks = ranks or {name: lora_rank(C, factor) for name, factor in dict(w=2.5, a=2.5, v=1.7, g=5).items()}
         for name in "wavg":
             rank = ranks[name]
@@ -717,7 +780,11 @@ class TimeMix5(nn.Module):
         q, u = n / C, n / max(1, C - 1)
         self.time_faaaa = nn.Parameter((depth0 * (1 - u) + 0.1 * ((n + 1) % 3 - 1)).view(H, N))
         decay = -6 + 5 * u ** (0.7 + 1.3 * depth0)
-        self.add_mixing(decay, {"k": q**depth1, "v": q**depth1 + 0.3 * depth0, "r": q ** (0.5 * depth1), "g": q ** (0.5 * depth1)}, ranks)
+        self.add_mixing(
+            decay,
+            {"k": q**depth1, "v": q**depth1 + 0.3 * depth0, "r": q ** (0.5 * depth1), "g": q ** (0.5 * depth1)},
+            ranks,
+        )
         for name, gain in dict(receptance=1, key=0.1, value=1, gate=0.1, output=0).items():
             setattr(self, name, linear(C, C, gain))
         self.ln_x = nn.GroupNorm(H, C, eps=64e-5)  # of y / 8 with 1e-5 in the official file: the same
@@ -741,7 +808,11 @@ class TimeMix5(nn.Module):
         r, k, v = (z.view(B, T, self.H, self.N) for z in (self.receptance(xr), self.key(xk), self.value(xv)))
         w = w.reshape(B, T, self.H, self.N)
         bonus = (r * k * self.time_faaaa).sum(-1, keepdim=True) * v
-        first = torch.zeros_like(v[:, 0]) if state is None else (state @ r[:, 0, :, :, None].to(state.dtype))[..., 0].to(v.dtype)
+        first = (
+            torch.zeros_like(v[:, 0])
+            if state is None
+            else (state @ r[:, 0, :, :, None].to(state.dtype))[..., 0].to(v.dtype)
+        )
         if lengths is not None:  # padding leaves the state as it is
             real = real_steps(T, lengths)
             w, k = w * real, k * real
@@ -771,7 +842,8 @@ class TimeMix6(TimeMix5):
     def mix(self, x, d):
         z = torch.tanh((x + d * self.time_maa_x) @ self.time_maa_w1).unflatten(-1, (5, -1))  # (B, T, 5, rank)
         xw, xk, xv, xr, xg = (
-            x + d * (getattr(self, f"time_maa_{name}") + z_ @ w2) for name, z_, w2 in zip("wkvrg", z.unbind(2), self.time_maa_w2)
+            x + d * (getattr(self, f"time_maa_{name}") + z_ @ w2)
+            for name, z_, w2 in zip("wkvrg", z.unbind(2), self.time_maa_w2)
         )
         w = self.time_decay + torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2
         return xr, xk, xv, xg, -w.float().exp()
@@ -785,7 +857,11 @@ class ChannelMix5(nn.Module):
         depth1 = 1 - layer / n_layer
         hidden = hidden or int(3.5 * n_embd) // 32 * 32
         self.add_mixing(torch.arange(n_embd).view(1, 1, -1) / n_embd, depth1)
-        self.key, self.receptance, self.value = linear(n_embd, hidden, 1), linear(n_embd, n_embd, 0), linear(hidden, n_embd, 0)
+        self.key, self.receptance, self.value = (
+            linear(n_embd, hidden, 1),
+            linear(n_embd, n_embd, 0),
+            linear(hidden, n_embd, 0),
+        )
 
     def add_mixing(self, q, depth1):
         self.time_mix_k, self.time_mix_r = nn.Parameter(q**depth1), nn.Parameter(q**depth1)
@@ -913,8 +989,12 @@ class PatchEncoder(nn.Module):
         device = self.proj.weight.device
         widths = torch.tensor([x.shape[2] for x in images], device=device)
         x = torch.stack([F.pad(x, (0, int(widths.max()) - x.shape[2]), value=255) for x in images]).to(device)
-        x = F.gelu(self.conv1(1 - x.to(self.conv1.weight.dtype) / 255))  # white paper is 0, as are the convolutions' margins
-        x = x * (torch.arange(x.shape[3], device=device) < widths[:, None] // 2)[:, None, None]  # no picture sees its neighbours' widths
+        x = F.gelu(
+            self.conv1(1 - x.to(self.conv1.weight.dtype) / 255)
+        )  # white paper is 0, as are the convolutions' margins
+        x = (
+            x * (torch.arange(x.shape[3], device=device) < widths[:, None] // 2)[:, None, None]
+        )  # no picture sees its neighbours' widths
         x = F.gelu(self.conv2(x))
         x = self.proj(x) + (self.row[:, None] + self.col[: x.shape[3] * 4 // self.size[2]]).permute(2, 0, 1)
         x = F.gelu(x.permute(0, 2, 3, 1))  # (B, rows, columns, width)
@@ -933,7 +1013,9 @@ class MelEncoder(nn.Module):
         super().__init__()
         self.width = C = config.encoder_width
         self.conv1, self.conv2 = nn.Conv1d(self.BINS, C, 3, 1, 1), nn.Conv1d(C, C, 3, 2, 1)
-        self.deep = nn.ModuleList(nn.Sequential(nn.Conv1d(C, C, 5, 1, 2 * d, d, groups=C), nn.Conv1d(C, C, 1)) for d in self.DILATIONS)
+        self.deep = nn.ModuleList(
+            nn.Sequential(nn.Conv1d(C, C, 5, 1, 2 * d, d, groups=C), nn.Conv1d(C, C, 1)) for d in self.DILATIONS
+        )
         start_loud(self.conv1, self.conv2, *(layer for pair in self.deep for layer in pair))
 
     @staticmethod
@@ -954,7 +1036,11 @@ class MelEncoder(nn.Module):
 
         Raises InputError naming the file if it cannot be read, is empty or cut short.
         """
-        return self.log_mel(read_sound(path, self.RATE) if isinstance(path, str | os.PathLike) else torch.as_tensor(path, dtype=torch.float32))
+        return self.log_mel(
+            read_sound(path, self.RATE)
+            if isinstance(path, str | os.PathLike)
+            else torch.as_tensor(path, dtype=torch.float32)
+        )
 
     @classmethod
     def log_mel(cls, x, bins=BINS):
@@ -973,7 +1059,9 @@ class MelEncoder(nn.Module):
         lengths = [*map(self.length, sounds)]
         x = [sound.clamp(min=sound.max() - 1) for sound in sounds]
         x = pad([(sound - sound.mean(1, keepdim=True)).T for sound in x]).mT.to(self.conv1.weight)
-        real = lambda x, n: x * real_steps(x.shape[2], torch.tensor(n, device=x.device))[..., 0].mT  # no sound hears its neighbours' lengths
+        real = lambda x, n: (
+            x * real_steps(x.shape[2], torch.tensor(n, device=x.device))[..., 0].mT
+        )  # no sound hears its neighbours' lengths
         x = real(F.gelu(self.conv1(x)), [sound.shape[1] for sound in sounds])
         x = F.gelu(self.conv2(x))
         for pair in self.deep:
@@ -992,7 +1080,9 @@ def read_sound(path, rate):
         if not os.path.exists(path):
             raise InputError(f"no such sound: {path}") from e
         raise InputError(f"{path} is not a sound that can be read: {str(e) or 'it is damaged or cut short'}") from e
-    data = re.search(r"^ ?(?:data|SSND) : (\d+) \(should be (\d+)\)", notes, re.M)  # of wav and aiff: what the header promises, what is there
+    data = re.search(
+        r"^ ?(?:data|SSND) : (\d+) \(should be (\d+)\)", notes, re.M
+    )  # of wav and aiff: what the header promises, what is there
     short = data and int(data[2]) < int(data[1]) < 0xFFFFFF00  # more is promised by what was written as a stream
     if len(x) < promised or short or "lacks an end-of-stream" in notes or "Junk after the last page" in notes:
         raise InputError(f"{path} is cut short: it ends before its header says it does")
@@ -1039,7 +1129,9 @@ class WaveNet(nn.Module):
             z = value.tanh() * opening.sigmoid()
             h, skips = h + residual(z), skips + z
         y = self.end(torch.cat([skips.relu(), x], 1)).mT
-        return [row[: points.shape[1]] for row, points in zip(y, series)]  # not y[i]: each one's gradient would be as large as y
+        return [
+            row[: points.shape[1]] for row, points in zip(y, series)
+        ]  # not y[i]: each one's gradient would be as large as y
 
 
 class Timer(nn.Module):
@@ -1056,13 +1148,17 @@ class Timer(nn.Module):
         layers = [
             named(
                 self_attn=named(**{f"{x}_proj": dense(C, C, x != "o") for x in "qkvo"}),
-                ffn_layer=named(gate_proj=dense(C, self.HIDDEN), up_proj=dense(C, self.HIDDEN), down_proj=dense(self.HIDDEN, C)),
+                ffn_layer=named(
+                    gate_proj=dense(C, self.HIDDEN), up_proj=dense(C, self.HIDDEN), down_proj=dense(self.HIDDEN, C)
+                ),
                 norm1=nn.LayerNorm(C),
                 norm2=nn.LayerNorm(C),
             )
             for _ in range(self.LAYERS)
         ]
-        self.model = named(embed_layer=named(emb=dense(self.PATCH, C)), layers=nn.ModuleList(layers), norm=nn.LayerNorm(C))
+        self.model = named(
+            embed_layer=named(emb=dense(self.PATCH, C)), layers=nn.ModuleList(layers), norm=nn.LayerNorm(C)
+        )
         self.lm_heads = nn.ModuleList([dense(C, self.PATCH)])
 
     load = WaveNet.load
@@ -1083,7 +1179,12 @@ class Timer(nn.Module):
     @torch.no_grad()
     def forward(self, series):
         """[(2, n)] -> [(n // 96, 1024)]; what is shorter than 96 points is preceded by zeros, its mean."""
-        patches = [F.pad(x[0], (max(0, self.PATCH - x.shape[1]), 0))[-self.PATCH * self.length(x) :].unflatten(0, (-1, self.PATCH)) for x in series]
+        patches = [
+            F.pad(x[0], (max(0, self.PATCH - x.shape[1]), 0))[-self.PATCH * self.length(x) :].unflatten(
+                0, (-1, self.PATCH)
+            )
+            for x in series
+        ]
         x = self.model.embed_layer.emb(pad(patches).to(self.model.norm.weight))
         heads = lambda x: x.unflatten(-1, (self.HEADS, -1)).transpose(1, 2)  # (B, n, C) -> (B, H, n, N)
         for layer in self.model.layers:
@@ -1122,7 +1223,11 @@ def read_table(path, column=None):
         with open(path, encoding="utf-8-sig", newline="") as f:
             text = f.read()
         first = text.partition("\n")[0]
-        rows = [(n, row) for n, row in enumerate(csv.reader(text.splitlines(), delimiter=max(",;\t", key=first.count)), 1) if row]
+        rows = [
+            (n, row)
+            for n, row in enumerate(csv.reader(text.splitlines(), delimiter=max(",;\t", key=first.count)), 1)
+            if row
+        ]
     except OSError as e:
         raise InputError(f"cannot read {path}: {e.strerror}") from e
     except (UnicodeDecodeError, csv.Error) as e:
@@ -1144,7 +1249,9 @@ def read_table(path, column=None):
     for n, row in rows:
         if len(row) != len(names):
             raise InputError(f"{path}, line {n}, has {len(row)} values, not {len(names)} as its header has")
-    known = lambda i: next((x for x in (number(row[i]) for _, row in rows) if x is None or x == x), math.nan)  # the first there is
+    known = lambda i: next(
+        (x for x in (number(row[i]) for _, row in rows) if x is None or x == x), math.nan
+    )  # the first there is
     if column is None:
         columns = [i for i in range(len(names)) if (x := known(i)) is not None and x == x]
     elif column and column not in names:
@@ -1156,10 +1263,14 @@ def read_table(path, column=None):
             raise InputError(f"{path}: column {names[i] or i + 1} is empty; another is chosen by {path}#NAME")
         for n, row in rows:
             if number(row[i]) is None:
-                raise InputError(f"{path}, line {n}: {row[i]!r} in column {names[i]} is not a number; another column is chosen by {path}#NAME")
+                raise InputError(
+                    f"{path}, line {n}: {row[i]!r} in column {names[i]} is not a number; another column is chosen by {path}#NAME"
+                )
     if not columns:
         raise InputError(f"{path} has no column of numbers")
-    return [names[i] for i in columns], torch.tensor([[number(row[i]) for i in columns] for _, row in rows], dtype=torch.float64)
+    return [names[i] for i in columns], torch.tensor(
+        [[number(row[i]) for i in columns] for _, row in rows], dtype=torch.float64
+    )
 
 
 def normalise(x, known=None, scale=None):
@@ -1217,7 +1328,11 @@ class Pretrained(nn.Module):
     @functools.cached_property
     def identity(self):
         """What is the same for the same weights, config and preparation alone, wherever they lie."""
-        values = [p.flatten()[:: max(1, p.numel() // 64)].float().cpu().numpy().tobytes() for model in self.models for p in model.parameters()]
+        values = [
+            p.flatten()[:: max(1, p.numel() // 64)].float().cpu().numpy().tobytes()
+            for model in self.models
+            for p in model.parameters()
+        ]
         configs = [model.config.to_dict() | {"_name_or_path": ""} for model in self.models]
         return hashlib.sha256(b"".join(values) + repr((configs, self.preparations)).encode()).hexdigest()
 
@@ -1228,8 +1343,13 @@ class Pretrained(nn.Module):
             about = os.stat(path)
         except OSError:
             return self.load(path)  # it knows what to say
-        key = hashlib.sha256(f"{self.identity} {os.path.abspath(path)} {about.st_size} {about.st_mtime_ns}".encode()).hexdigest()
-        kept, sealed = os.path.join(folder, key[:2], key), lambda body: hashlib.sha256(key.encode() + body).digest() + body
+        key = hashlib.sha256(
+            f"{self.identity} {os.path.abspath(path)} {about.st_size} {about.st_mtime_ns}".encode()
+        ).hexdigest()
+        kept, sealed = (
+            os.path.join(folder, key[:2], key),
+            lambda body: hashlib.sha256(key.encode() + body).digest() + body,
+        )
         with contextlib.suppress(OSError):
             with open(kept, "rb") as f:
                 data = f.read()
@@ -1258,14 +1378,20 @@ class Vision(Pretrained):
         super().__init__(models)
         self.preparations = preparations
         square = lambda x, *names: tuple(x[name] for name in names) if isinstance(x, dict) else (x, x)
-        self.sizes = [square(p["crop_size"] if p.get("do_center_crop") else p["size"], "height", "width") for p in preparations]
+        self.sizes = [
+            square(p["crop_size"] if p.get("do_center_crop") else p["size"], "height", "width") for p in preparations
+        ]
         for model, (height, width) in zip(models, self.sizes):
             n = model.config.image_size
             if model.config.model_type != "dinov2" and (height, width) != (n, n):  # whose positions alone are stretched
-                raise InputError(f"{model.config.model_type} takes pictures of {n} x {n}, not {height} x {width} as its preprocessor_config.json says")
+                raise InputError(
+                    f"{model.config.model_type} takes pictures of {n} x {n}, not {height} x {width} as its preprocessor_config.json says"
+                )
         grids = [tuple(n // model.config.patch_size for n in size) for model, size in zip(models, self.sizes)]
         if len(set(grids)) > 1:
-            raise InputError(f"encoders joined by + have to see the same grid of patches, not {' and '.join(f'{h} x {w}' for h, w in grids)}")
+            raise InputError(
+                f"encoders joined by + have to see the same grid of patches, not {' and '.join(f'{h} x {w}' for h, w in grids)}"
+            )
         self.rows, self.across = grids[0]
         self.cls = len(models) == 1 and models[0].config.model_type != "siglip_vision_model"
 
@@ -1310,7 +1436,11 @@ class Speech(Pretrained):
 
     def load(self, path):
         """A sound file of any rate, or samples (n,) at 16 kHz, as samples."""
-        x = read_sound(path, MelEncoder.RATE) if isinstance(path, str | os.PathLike) else torch.as_tensor(path, dtype=torch.float32)
+        x = (
+            read_sound(path, MelEncoder.RATE)
+            if isinstance(path, str | os.PathLike)
+            else torch.as_tensor(path, dtype=torch.float32)
+        )
         if not self.whisper:
             if self.preparations[0].get("do_normalize", True):
                 x = (x - x.mean()) / (x.var(correction=0) + 1e-7).sqrt()
@@ -1319,7 +1449,10 @@ class Speech(Pretrained):
 
     def count(self, x):
         if self.whisper:
-            return sum(min(self.window // MelEncoder.HOP // 2, -(-len(part) // MelEncoder.HOP) // 2 + 1) for part in x.split(self.window))
+            return sum(
+                min(self.window // MelEncoder.HOP // 2, -(-len(part) // MelEncoder.HOP) // 2 + 1)
+                for part in x.split(self.window)
+            )
         return int(self.models[0]._get_feat_extract_output_lengths(len(x)))
 
     def encode(self, sounds):
@@ -1327,8 +1460,13 @@ class Speech(Pretrained):
         like = next(model.parameters())
         if not self.whisper:
             return [model(input_values=x[None].to(like)).last_hidden_state[0] for x in sounds]
-        mel = lambda x: MelEncoder.log_mel(F.pad(x, (0, self.window - len(x))), model.config.num_mel_bins)[None].to(like)
-        return [torch.cat([model(mel(part)).last_hidden_state[0, : self.count(part)] for part in x.split(self.window)]) for x in sounds]
+        mel = lambda x: MelEncoder.log_mel(F.pad(x, (0, self.window - len(x))), model.config.num_mel_bins)[None].to(
+            like
+        )
+        return [
+            torch.cat([model(mel(part)).last_hidden_state[0, : self.count(part)] for part in x.split(self.window)])
+            for x in sounds
+        ]
 
 
 HUB = {  # where a family is fetched from
@@ -1338,7 +1476,13 @@ HUB = {  # where a family is fetched from
     "wavlm": "microsoft/wavlm-base-plus",
     "whisper": "openai/whisper-small",
 }
-MODELS = {"siglip": "SiglipVisionModel", "clip": "CLIPVisionModel", "dinov2": "Dinov2Model", "wavlm": "WavLMModel", "whisper": "WhisperModel"}
+MODELS = {
+    "siglip": "SiglipVisionModel",
+    "clip": "CLIPVisionModel",
+    "dinov2": "Dinov2Model",
+    "wavlm": "WavLMModel",
+    "whisper": "WhisperModel",
+}
 
 
 def read_pretrained(kind, names):
@@ -1357,25 +1501,40 @@ def read_pretrained(kind, names):
         try:
             if not os.path.isdir(place) and place.count("/") != 1:
                 raise OSError("no such folder")
-            about = transformers.AutoConfig.from_pretrained(place, trust_remote_code=False)  # else it offers to run the folder's own code
+            about = transformers.AutoConfig.from_pretrained(
+                place, trust_remote_code=False
+            )  # else it offers to run the folder's own code
             family = about.model_type.removesuffix("_vision_model")
             if family not in (("siglip", "clip", "dinov2") if kind == "image" else ("wavlm", "whisper")):
                 raise InputError(f"{flag}: {place} is {family}, no encoder of {kind}s of a known family ({known})")
             head = {"vision_use_head": False} if family == "siglip" else {}  # it is not used
-            model, about = getattr(transformers, MODELS[family]).from_pretrained(place, dtype=torch.float32, output_loading_info=True, **head)
-            if missing := sorted(name for name in about["missing_keys"] if "mask" not in name):  # what is masked in pretraining alone
-                raise InputError(f"{flag}: {place} lacks weights: {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""))
+            model, about = getattr(transformers, MODELS[family]).from_pretrained(
+                place, dtype=torch.float32, output_loading_info=True, **head
+            )
+            if missing := sorted(
+                name for name in about["missing_keys"] if "mask" not in name
+            ):  # what is masked in pretraining alone
+                raise InputError(
+                    f"{flag}: {place} lacks weights: {missing[0]}"
+                    + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+                )
             models.append(model.get_encoder() if family == "whisper" else model)
             with open(transformers.utils.cached_file(place, "preprocessor_config.json"), encoding="utf-8") as f:
-                preparations.append({"rescale_factor": 1 / 255, "resample": 3} | json.load(f))  # older files leave these out
-            if lacking := [name for name in ("size", "image_mean", "image_std") if kind == "image" and name not in preparations[-1]]:
+                preparations.append(
+                    {"rescale_factor": 1 / 255, "resample": 3} | json.load(f)
+                )  # older files leave these out
+            if lacking := [
+                name for name in ("size", "image_mean", "image_std") if kind == "image" and name not in preparations[-1]
+            ]:
                 raise InputError(f"{flag}: the preprocessor_config.json of {place} has no {lacking[0]}")
         except InputError:
             raise
         except Exception as e:  # huggingface_hub's, safetensors' and transformers' own, OSError, ValueError
             why = (str(e).strip() or type(e).__name__).splitlines()[0]
             here = ", ".join([*ENCODERS[kind], "none"])
-            raise InputError(f"{flag}: {place} is none of {here}, nor a folder or hub id of a pretrained encoder ({known}) that can be read: {why}") from e
+            raise InputError(
+                f"{flag}: {place} is none of {here}, nor a folder or hub id of a pretrained encoder ({known}) that can be read: {why}"
+            ) from e
     try:
         return Vision(models, preparations) if kind == "image" else Speech(models[0], preparations[0])
     except InputError as e:
@@ -1390,10 +1549,16 @@ class AbsentTowers(nn.Module):
         self.width = config.encoder_width
 
     def load(self, path):
-        raise InputError(f"{path}: VisualRWKV 7.00 sees through SAM ViT-B, DINOv2-L and SigLIP-so400m at once, which are not here; without pictures it answers")
+        raise InputError(
+            f"{path}: VisualRWKV 7.00 sees through SAM ViT-B, DINOv2-L and SigLIP-so400m at once, which are not here; without pictures it answers"
+        )
 
 
-ENCODERS = {"image": {"patch": PatchEncoder, "dinov2+siglip+sam": AbsentTowers}, "audio": {"mel": MelEncoder}, "series": {"wavenet": WaveNet, "timer": Timer}}
+ENCODERS = {
+    "image": {"patch": PatchEncoder, "dinov2+siglip+sam": AbsentTowers},
+    "audio": {"mel": MelEncoder},
+    "series": {"wavenet": WaveNet, "timer": Timer},
+}
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1428,13 +1593,18 @@ class Adapter(nn.Module):
         if kind == "mlp":
             self.mlp = nn.Sequential(nn.Linear(width, scale * n_embd), nn.ReLU(), nn.Linear(scale * n_embd, n_embd))
             self.pre_norm = nn.LayerNorm(n_embd)
-            for layer in (self.mlp[0], self.mlp[2]):  # a bias would drown a faint signal in the norm, and delay its emergence
+            for layer in (
+                self.mlp[0],
+                self.mlp[2],
+            ):  # a bias would drown a faint signal in the norm, and delay its emergence
                 nn.init.zeros_(layer.bias)
         else:
             self.o_proj = nn.Linear(width, n_embd, bias=False)
         if kind == "gated":
             self.gate, self.ln_v = nn.Linear(width, width, bias=False), nn.LayerNorm(n_embd)
-        self.place = nn.Parameter(2 * torch.randn(self.length(vectors), n_embd)) if vectors else None  # loud: fainter ones are used late
+        self.place = (
+            nn.Parameter(2 * torch.randn(self.length(vectors), n_embd)) if vectors else None
+        )  # loud: fainter ones are used late
 
     def padding(self, n):  # on the left
         return max(self.kernel - n, (self.kernel - n) % self.stride)
@@ -1506,20 +1676,35 @@ class ModRWKV(nn.Module):
     """The language model, with an encoder and an adapter for each kind of signal."""
 
     feature_cache = ""  # a folder: Pretrained.cached
-    checkpoint_activations = False  # in training keep what enters a block alone, and run the block again in the backward pass
+    checkpoint_activations = (
+        False  # in training keep what enters a block alone, and run the block again in the backward pass
+    )
 
     def __init__(self, config, vocab_size=None, ranks=None, hidden=None):
         """vocab_size, ranks of the low-rank matrices and hidden width of the FFN: read off a checkpoint, else official. With ranks,
         the language model has no initial values, which take a minute for half a billion parameters: the checkpoint fills it."""
         super().__init__()
-        for name in ("n_layer", "n_embd", "head_size", "image_height", "patch_height", "patch_width", "encoder_width") + (
-            "conv_stride", "adapter_scale", "series_stride", "lookback", "horizon"
-        ):
+        for name in (
+            "n_layer",
+            "n_embd",
+            "head_size",
+            "image_height",
+            "patch_height",
+            "patch_width",
+            "encoder_width",
+        ) + ("conv_stride", "adapter_scale", "series_stride", "lookback", "horizon"):
             if getattr(config, name) < 1:
                 raise InputError(f"{name}={getattr(config, name)} is not at least 1")
         if config.n_embd % config.head_size:
             raise InputError(f"n_embd={config.n_embd} is not a multiple of head_size={config.head_size}")
-        known = {"rwkv": MIXERS, "template": TEMPLATES, "scan": SCANS, "prompt_style": PROMPT_STYLES, "adapter_kind": ADAPTERS, "cls": ("first", "last")}
+        known = {
+            "rwkv": MIXERS,
+            "template": TEMPLATES,
+            "scan": SCANS,
+            "prompt_style": PROMPT_STYLES,
+            "adapter_kind": ADAPTERS,
+            "cls": ("first", "last"),
+        }
         for name, known in known.items():
             if getattr(config, name) not in known:
                 raise InputError(f"{name}={getattr(config, name)} is not one of {', '.join(map(str, known))}")
@@ -1538,15 +1723,24 @@ class ModRWKV(nn.Module):
             if kind == "series" and name not in ENCODERS[kind] and name != "none":
                 raise InputError(f"{kind}_encoder={name} is not one of {', '.join(ENCODERS[kind])}, none")
             if name != "none":
-                encoder = self.encoder[kind] = ENCODERS[kind][name](config) if name in ENCODERS[kind] else read_pretrained(kind, name)
-                convs = {"image": (config.conv_kernel, config.conv_stride), "series": (config.series_kernel, config.series_stride)}
+                encoder = self.encoder[kind] = (
+                    ENCODERS[kind][name](config) if name in ENCODERS[kind] else read_pretrained(kind, name)
+                )
+                convs = {
+                    "image": (config.conv_kernel, config.conv_stride),
+                    "series": (config.series_kernel, config.series_stride),
+                }
                 own = (*convs[kind], config.adapter_kind) if kind in convs else ()
                 own += (len(encoder.ends(config.lookback)),) if kind == "series" else ()
-                self.adapter[kind] = (Adapter if kind in convs else SpeechAdapter)(encoder.width, C, config.adapter_scale, *own)
+                self.adapter[kind] = (Adapter if kind in convs else SpeechAdapter)(
+                    encoder.width, C, config.adapter_scale, *own
+                )
         if "series" in self.encoder:
             n, kernel = len(self.encoder["series"].ends(config.lookback)), config.series_kernel
             if kernel and not config.series_stride <= kernel <= n:
-                raise InputError(f"series_kernel={kernel} is not 0, nor from series_stride={config.series_stride} to the {n} vectors of a lookback")
+                raise InputError(
+                    f"series_kernel={kernel} is not 0, nor from series_stride={config.series_stride} to the {n} vectors of a lookback"
+                )
             self.forecast_head = nn.Linear(C, config.horizon)
             nn.init.zeros_(self.forecast_head.weight)  # the first forecast is the mean
             nn.init.zeros_(self.forecast_head.bias)
@@ -1559,7 +1753,9 @@ class ModRWKV(nn.Module):
             for kind, path in media:
                 if kind not in self.encoder:
                     name = path if isinstance(path, str | os.PathLike) else "a list of numbers"
-                    raise InputError(f"{name}: this model has no {kind} encoder; train one with --{kind}_encoder={next(iter(ENCODERS[kind]))}")
+                    raise InputError(
+                        f"{name}: this model has no {kind} encoder; train one with --{kind}_encoder={next(iter(ENCODERS[kind]))}"
+                    )
             return conversation(self.config, turns, ((kind, self.signal(kind, path)) for kind, path in media), first)
         except InputError as e:
             raise InputError(f"{at}: {e}" if at else str(e)) from e
@@ -1572,7 +1768,10 @@ class ModRWKV(nn.Module):
     def sample(self, record):
         """The segments of a record of read_records, to learn from; raises InputError naming the record."""
         if "target" in record and not record.get("conversations"):
-            past = [file if is_numbers(file) else os.path.join(record["_folder"], file) for file in record_files(record, "series")]
+            past = [
+                file if is_numbers(file) else os.path.join(record["_folder"], file)
+                for file in record_files(record, "series")
+            ]
             return [("forecast", torch.cat([read_series(x) for x in (*past, record["target"])]))]
         if not record.get("conversations"):
             tokenizer = get_tokenizer(self.config.tokenizer)
@@ -1635,15 +1834,27 @@ class ModRWKV(nn.Module):
         -100 where none; lengths (B,); orders, what the layers take turns to gather their input by, (B, T) each, None for as it is.
         """
         device = self.emb.weight.device
-        ids = torch.tensor([i for sample in samples for kind, data in sample if kind in ("text", "answer") for i in data], dtype=torch.long)
+        ids = torch.tensor(
+            [i for sample in samples for kind, data in sample if kind in ("text", "answer") for i in data],
+            dtype=torch.long,
+        )
         if len(ids) and not 0 <= ids.min() <= ids.max() < self.emb.num_embeddings:
             raise InputError(f"token {ids.max()} is beyond the model's vocabulary of {self.emb.num_embeddings}")
-        vectors = {"text": iter(self.emb(ids.to(device)).split([len(d) for s in samples for k, d in s if k in ("text", "answer")]))}
+        vectors = {
+            "text": iter(
+                self.emb(ids.to(device)).split([len(d) for s in samples for k, d in s if k in ("text", "answer")])
+            )
+        }
         source = {"answer": "text", "forecast": "series"}
         for kind in {source.get(kind, kind) for sample in samples for kind, _ in sample} & set(MEDIA):
             if kind not in self.encoder:
                 raise InputError(f"this model has no {kind} encoder")
-            signals = [data[0] if k == "forecast" else data for sample in samples for k, data in sample if source.get(k, k) == kind]
+            signals = [
+                data[0] if k == "forecast" else data
+                for sample in samples
+                for k, data in sample
+                if source.get(k, k) == kind
+            ]
             vectors[kind] = self.encoder[kind](signals)
             if self.cls(kind) == "last":
                 vectors[kind] = [x.roll(-1, 0) for x in vectors[kind]]
@@ -1717,7 +1928,9 @@ class ModRWKV(nn.Module):
             targets = torch.stack([samples[i][0][1][1] for i in series]).to(x.device)
             n, there = targets.shape[1], ~targets.isnan()
             points, targets = self.forecast_head(x[series, :n]).float(), targets.nan_to_num()
-            errors = (F.smooth_l1_loss(points, targets, reduction="none") + F.l1_loss(points, targets, reduction="none")) / 2
+            errors = (
+                F.smooth_l1_loss(points, targets, reduction="none") + F.l1_loss(points, targets, reduction="none")
+            ) / 2
             there, errors = there.any(2), (errors * there).sum(2) / there.sum(2).clamp(min=1)
             losses, learned = torch.cat([losses, errors[there]]), text.clone()
             learned[series, :n] = there
@@ -1783,7 +1996,9 @@ class ModRWKV(nn.Module):
                 held[i] += decoders[i].decode(tokenizer.decode([token]), last)
                 cut = held[i].find(end) if end else -1
                 done[i] = last or cut >= 0
-                keep = next((n for n in range(len(end) - 1, 0, -1) if held[i].endswith(end[:n])), 0) if not done[i] else 0
+                keep = (
+                    next((n for n in range(len(end) - 1, 0, -1) if held[i].endswith(end[:n])), 0) if not done[i] else 0
+                )
                 stop = cut if cut >= 0 else len(held[i]) - keep
                 pieces[i], held[i] = held[i][:stop], held[i][stop:]
             yield pieces
@@ -1818,7 +2033,15 @@ def parameter_groups(model, weight_decay, decay_lr=2.0, muon=False):
     for name, p in model.named_parameters():
         matrix = name.endswith(".weight") and sum(n > 1 for n in p.shape) >= 2
         inside = p.ndim == 2 and not name.startswith(("emb.", "head.", "forecast_head."))
-        group = "w0" if name.endswith(("att.w0", "att.time_decay")) else "rest" if not matrix else "muon" if muon and inside else "decay"
+        group = (
+            "w0"
+            if name.endswith(("att.w0", "att.time_decay"))
+            else "rest"
+            if not matrix
+            else "muon"
+            if muon and inside
+            else "decay"
+        )
         groups[group].append(p)
     return [
         {"params": groups["decay"], "weight_decay": weight_decay, "lr_scale": 1.0},
@@ -1888,16 +2111,31 @@ rwkv.*                                     *
 VISUAL6 = "proj.weight adapter.image.o_proj.weight" + VISUAL
 PREFIX, TAGGED = dict(template="v1", prompt_style="before"), dict(template="v3", prompt_style="tagged")
 LAYOUTS = [  # of released files: how a name in them begins (the first that is found counts), the table, and what the model was trained with
-    ("modality.world_encoder.adapter.conv.bias", WORLD.replace("image", "audio"), dict(audio_encoder="wavlm", **PREFIX)),  # WorldRWKV
+    (
+        "modality.world_encoder.adapter.conv.bias",
+        WORLD.replace("image", "audio"),
+        dict(audio_encoder="wavlm", **PREFIX),
+    ),  # WorldRWKV
     ("modality.", WORLD, dict(image_encoder="siglip", **PREFIX)),
     ("llm.", AUGUST, dict(image_encoder="siglip", **TAGGED)),
     ("model.llm.", EXPORT, dict(image_encoder="siglip", **TAGGED)),
     ("model.", FLA, {}),  # flash-linear-attention
-    ("proj.gate.", VISUAL, dict(image_encoder="dinov2+siglip+sam", adapter_kind="gated", prompt_style="first")),  # VisualRWKV 7.00
-    ("rwkv.", VISUAL6, dict(image_encoder="clip", cls="last", adapter_kind="linear", prompt_style="sandwich", scan="bi")),  # VisualRWKV 6.0
+    (
+        "proj.gate.",
+        VISUAL,
+        dict(image_encoder="dinov2+siglip+sam", adapter_kind="gated", prompt_style="first"),
+    ),  # VisualRWKV 7.00
+    (
+        "rwkv.",
+        VISUAL6,
+        dict(image_encoder="clip", cls="last", adapter_kind="linear", prompt_style="sandwich", scan="bi"),
+    ),  # VisualRWKV 6.0
     ("blocks.", "", {}),  # BlinkDL
 ]
-WIDE = {"image": "clip", "audio": "microsoft/wavlm-large"}  # of WorldRWKV's encoders, those whose vectors have 1024 channels
+WIDE = {
+    "image": "clip",
+    "audio": "microsoft/wavlm-large",
+}  # of WorldRWKV's encoders, those whose vectors have 1024 channels
 
 
 def rename(name, table, back=False):
@@ -1917,7 +2155,9 @@ def write(path, contents):
     try:
         with open(partial, "wb") as f:
             if str(path).endswith(".safetensors"):
-                f.write(safetensors(path).save({name: x.contiguous() for name, x in contents.items()}, {"format": "pt"}))
+                f.write(
+                    safetensors(path).save({name: x.contiguous() for name, x in contents.items()}, {"format": "pt"})
+                )
             else:
                 torch.save(contents, f)
             f.flush()
@@ -1966,12 +2206,19 @@ def read_file(path):
         if os.path.isdir(path):
             with open(index, encoding="utf-8") as f:
                 place = json.load(f)["weight_map"]
-            parts = {file: read_safetensors(os.path.join(path, os.path.basename(file))) for file in sorted(set(place.values()))}
+            parts = {
+                file: read_safetensors(os.path.join(path, os.path.basename(file)))
+                for file in sorted(set(place.values()))
+            }
             for name, file in place.items():
                 if name not in parts[file]:
                     raise InputError(f"{index} does not fit: {name} is missing in {file}")
             return {name: x for part in parts.values() for name, x in part.items()}
-        return read_safetensors(path) if path.endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
+        return (
+            read_safetensors(path)
+            if path.endswith(".safetensors")
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except InputError:
         raise
     except OSError as e:
@@ -1992,7 +2239,9 @@ def read_checkpoint(path):
     begins = lambda start: any(isinstance(name, str) and name.startswith(start) for name in data)
     layout = next((layout for layout in LAYOUTS if begins(layout[0])), None)
     if not layout:
-        raise InputError(f"{path} is from elsewhere: neither a checkpoint of train.py nor a released RWKV, ModRWKV or VisualRWKV")
+        raise InputError(
+            f"{path} is from elsewhere: neither a checkpoint of train.py nor a released RWKV, ModRWKV or VisualRWKV"
+        )
     start, table, config = layout
     weights, names, left_out = {}, {}, []
     for name, x in data.items():
@@ -2005,7 +2254,9 @@ def read_checkpoint(path):
         names[new] = name, transposed
         weights[new] = x.t() if transposed and torch.is_tensor(x) and x.dim() == 2 else x
     config = {"tokenizer": "rwkv_vocab_v20230424.txt", "image_encoder": "none"} | config
-    size = lambda name, i: weights[name].shape[i] if torch.is_tensor(weights.get(name)) and weights[name].dim() > i else 0
+    size = lambda name, i: (
+        weights[name].shape[i] if torch.is_tensor(weights.get(name)) and weights[name].dim() > i else 0
+    )
     for kind, first in (("image", "mlp.0"), ("audio", "conv")):
         if scale := size(f"adapter.{kind}.mlp.2.weight", 1) // max(1, size("emb.weight", 1)):
             config["adapter_scale"] = scale
@@ -2016,24 +2267,39 @@ def read_checkpoint(path):
     if config["image_encoder"] != "none":
         kernel = size("adapter.image.conv.weight", 2)
         config |= {"conv_kernel": kernel} | ({"conv_stride": kernel - 1} if kernel > 1 else {})
-        config |= {"encoder_width": size("adapter.image.gate.weight", 1)} if config.get("adapter_kind") == "gated" else {}
+        config |= (
+            {"encoder_width": size("adapter.image.gate.weight", 1)} if config.get("adapter_kind") == "gated" else {}
+        )
     if left_out:
-        print(f"{path}: {len(left_out)} tensors of its encoder ({left_out[0]} ...) are left out: an encoder is read from its own folder", file=sys.stderr)
+        print(
+            f"{path}: {len(left_out)} tensors of its encoder ({left_out[0]} ...) are left out: an encoder is read from its own folder",
+            file=sys.stderr,
+        )
     eps, N = 1e-5, size("blocks.0.att.r_k", 1)
     about = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")
     if start.startswith("model.") and os.path.exists(about):
         with open(about, encoding="utf-8", errors="replace") as f:
             eps = float((re.findall(r'"norm_eps":\s*(\d+(?:\.\d+)?(?:e-\d+)?)', f.read()) or [eps])[0])
     if start.startswith("model.") and N and not math.isclose(N * eps, 64e-5):
-        raise InputError(f"{path} does not fit: its heads of {N} channels have a norm with epsilon {N * eps:.2g}, not 64e-5 as BlinkDL's")
-    return {"model": weights, "config": config, "theirs": lambda name: names.get(name) or rename(name, table, back=True)}
+        raise InputError(
+            f"{path} does not fit: its heads of {N} channels have a norm with epsilon {N * eps:.2g}, not 64e-5 as BlinkDL's"
+        )
+    return {
+        "model": weights,
+        "config": config,
+        "theirs": lambda name: names.get(name) or rename(name, table, back=True),
+    }
 
 
 def build(data, path, **changes):
     """The model of read_checkpoint's contents; sizes are read off the tensors, `changes` go into its config. What belongs to an
     encoder that is changed to none is left out."""
-    parts = {kind: (f"encoder.{kind}.", f"adapter.{kind}.") + ("forecast_head.",) * (kind == "series") for kind in MEDIA}
-    unused = [f"blocks.0.att.v{i}" for i in "012"] + [part for kind in MEDIA if changes.get(f"{kind}_encoder") == "none" for part in parts[kind]]
+    parts = {
+        kind: (f"encoder.{kind}.", f"adapter.{kind}.") + ("forecast_head.",) * (kind == "series") for kind in MEDIA
+    }
+    unused = [f"blocks.0.att.v{i}" for i in "012"] + [
+        part for kind in MEDIA if changes.get(f"{kind}_encoder") == "none" for part in parts[kind]
+    ]
     weights = {str(name): x for name, x in data["model"].items() if not str(name).startswith(tuple(unused))}
     theirs = data.get("theirs", lambda name: (name, False))
     rwkv = 6 if "blocks.0.att.time_maa_x" in weights else 5 if "blocks.0.att.time_mix_k" in weights else 7
@@ -2041,7 +2307,9 @@ def build(data, path, **changes):
     decay = {5: "time_decay", 6: "time_decay_w1", 7: "w1"}[rwkv]
     for name, x in weights.items():
         if not torch.is_tensor(x) or not x.is_floating_point():
-            raise InputError(f"{path} is not an RWKV-{rwkv} checkpoint: {theirs(name)[0]} is not a tensor of floating-point numbers")
+            raise InputError(
+                f"{path} is not an RWKV-{rwkv} checkpoint: {theirs(name)[0]} is not a tensor of floating-point numbers"
+            )
     for name in ("emb.weight", heads, f"blocks.0.att.{decay}", "blocks.0.ffn.key.weight"):
         if name not in weights:
             raise InputError(f"{path} is not an RWKV-{rwkv} checkpoint: it has no {theirs(name)[0]}")
@@ -2055,7 +2323,9 @@ def build(data, path, **changes):
     ranks = {name: rank(f"blocks.{min(1, config['n_layer'] - 1) if name == 'v' else 0}.att.{name}1") for name in "wavg"}
     ranks |= {"maa": rank("blocks.0.att.time_maa_w2"), "decay": rank("blocks.0.att.time_decay_w1")}
     model = ModRWKV(Config(**config), V, ranks, weights["blocks.0.ffn.key.weight"].shape[0])
-    fresh = tuple(part for both in parts.values() for part in both if not any(name.startswith(both) for name in weights))
+    fresh = tuple(
+        part for both in parts.values() for part in both if not any(name.startswith(both) for name in weights)
+    )
     new = [name for name in model.state_dict() if name.startswith(fresh)]  # a language model may be given eyes or ears
     fit(model, weights, path, new, theirs)
     return model.float()
@@ -2069,9 +2339,13 @@ def fit(model, weights, path, new=(), theirs=lambda name: (name, False)):
     wrong = [f"{theirs(name)[0]} is missing" for name in own if name not in weights and name not in new]
     wrong += [f"{theirs(name)[0]} is not expected" for name in weights if name not in own]
     misshapen = [name for name, x in weights.items() if name in own and squeezed(x) != squeezed(own[name])]
-    wrong += [f"{theirs(name)[0]} has shape {shape(name, weights[name])}, not {shape(name, own[name])}" for name in misshapen]
+    wrong += [
+        f"{theirs(name)[0]} has shape {shape(name, weights[name])}, not {shape(name, own[name])}" for name in misshapen
+    ]
     if wrong:
-        raise InputError(f"{path} does not fit: " + "; ".join(wrong[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""))
+        raise InputError(
+            f"{path} does not fit: " + "; ".join(wrong[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")
+        )
     weights = {name: x.reshape(own[name].shape).contiguous() for name, x in weights.items()}
     model.load_state_dict(weights, strict=not new, assign=any(x.is_meta for x in own.values()))
 
@@ -2097,28 +2371,61 @@ def convert(source, target):
         raise InputError(f"{file} exists: choose another name")
     data = read_checkpoint(source)
     model = build(data, source, **{f"{kind}_encoder": "none" for kind in MEDIA})
-    weights, config = {name: data["model"][name].reshape(x.shape) for name, x in model.state_dict().items()}, model.config
-    signals = {name: x for name, x in data["model"].items() if name.startswith(("encoder.", "adapter.", "forecast_head."))}
+    weights, config = (
+        {name: data["model"][name].reshape(x.shape) for name, x in model.state_dict().items()},
+        model.config,
+    )
+    signals = {
+        name: x for name, x in data["model"].items() if name.startswith(("encoder.", "adapter.", "forecast_head."))
+    }
     if kind == ".pt":
         names = {name: value for name, value in data["config"].items() if name.endswith("_encoder")}
         return write(file, {"model": weights | signals, "config": dataclasses.asdict(config) | names})
     if signals:
-        print(f"{source}: its encoders and adapters are left out: {target} takes a language model alone", file=sys.stderr)
+        print(
+            f"{source}: its encoders and adapters are left out: {target} takes a language model alone", file=sys.stderr
+        )
     if kind == ".pth":
         return write(file, weights)
     if config.rwkv != 7 or config.head_size != 64:
-        raise InputError(f"{source}: flash-linear-attention's layout takes RWKV-7 with heads of 64 channels, not RWKV-{config.rwkv} with {config.head_size}")
+        raise InputError(
+            f"{source}: flash-linear-attention's layout takes RWKV-7 with heads of 64 channels, not RWKV-{config.rwkv} with {config.head_size}"
+        )
     theirs = {}
     for name, x in weights.items():
         name, transposed = rename(name, FLA, back=True)
         theirs[name] = x.t() if transposed else x if ".attn.x_" in name or x.dim() < 3 else x.flatten()
     if file != target:
-        ranks = {name: next((x.shape[1] for n, x in weights.items() if n.endswith(f"att.{name}1")), 32) for name in "wavg"}
-        ranks = {f"{long}_low_rank_dim": ranks[name] for long, name in (("decay", "w"), ("a", "a"), ("v", "v"), ("gate", "g"))}
+        ranks = {
+            name: next((x.shape[1] for n, x in weights.items() if n.endswith(f"att.{name}1")), 32) for name in "wavg"
+        }
+        ranks = {
+            f"{long}_low_rank_dim": ranks[name]
+            for long, name in (("decay", "w"), ("a", "a"), ("v", "v"), ("gate", "g"))
+        }
         V, C, hidden = *weights["emb.weight"].shape, len(weights["blocks.0.ffn.key.weight"])
-        sizes = dict(vocab_size=V, hidden_size=C, intermediate_size=hidden, hidden_ratio=hidden / C, num_hidden_layers=config.n_layer)
-        sizes |= dict(head_dim=64, num_heads=C // 64, value_dim=[C] * config.n_layer, norm_eps=1e-5, norm_bias=True, tie_word_embeddings=False)
-        about = dict(model_type="rwkv7", architectures=["RWKV7ForCausalLM"], torch_dtype=str(weights["emb.weight"].dtype)[6:], bos_token_id=0, eos_token_id=0)
+        sizes = dict(
+            vocab_size=V,
+            hidden_size=C,
+            intermediate_size=hidden,
+            hidden_ratio=hidden / C,
+            num_hidden_layers=config.n_layer,
+        )
+        sizes |= dict(
+            head_dim=64,
+            num_heads=C // 64,
+            value_dim=[C] * config.n_layer,
+            norm_eps=1e-5,
+            norm_bias=True,
+            tie_word_embeddings=False,
+        )
+        about = dict(
+            model_type="rwkv7",
+            architectures=["RWKV7ForCausalLM"],
+            torch_dtype=str(weights["emb.weight"].dtype)[6:],
+            bos_token_id=0,
+            eos_token_id=0,
+        )
         os.makedirs(target, exist_ok=True)
         with open(os.path.join(target, "config.json"), "w") as f:
             json.dump(about | sizes | ranks, f, indent=2)
@@ -2127,7 +2434,9 @@ def convert(source, target):
 
 if __name__ == "__main__":
     if len(sys.argv) != 4 or sys.argv[1] != "convert":
-        sys.exit("usage: python modrwkv.py convert IN OUT: OUT is *.pt (ours), *.pth (BlinkDL's), *.safetensors or a folder (flash-linear-attention's)")
+        sys.exit(
+            "usage: python modrwkv.py convert IN OUT: OUT is *.pt (ours), *.pth (BlinkDL's), *.safetensors or a folder (flash-linear-attention's)"
+        )
     try:
         convert(*sys.argv[2:])
     except (InputError, OSError) as e:

@@ -1,11 +1,11 @@
 """Ask a checkpoint: one prompt, a chat, or a file of questions with its score.
 
-    python sample.py --out_dir=out --image=x.png --prompt="What number is this?"
-    python sample.py --out_dir=out --image=x.png --chat
-    python sample.py --out_dir=out --eval=data/digits/val.jsonl
-    python sample.py --out_dir=plays --raw --prompt="ROMEO:"
-    python sample.py --out_dir=series --series=load.csv --plot=load.png
-    python sample.py --out_dir=series --eval=ETTh1.csv
+python sample.py --out_dir=out --image=x.png --prompt="What number is this?"
+python sample.py --out_dir=out --image=x.png --chat
+python sample.py --out_dir=out --eval=data/digits/val.jsonl
+python sample.py --out_dir=plays --raw --prompt="ROMEO:"
+python sample.py --out_dir=series --series=load.csv --plot=load.png
+python sample.py --out_dir=series --eval=ETTh1.csv
 """
 
 import argparse
@@ -23,7 +23,20 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from modrwkv import MARK, MEDIA, InputError, get_tokenizer, load, normalise, read_records, read_series, read_table, record_media, record_turns, setting
+from modrwkv import (
+    MARK,
+    MEDIA,
+    InputError,
+    get_tokenizer,
+    load,
+    normalise,
+    read_records,
+    read_series,
+    read_table,
+    record_media,
+    record_turns,
+    setting,
+)
 
 
 @dataclass
@@ -31,14 +44,22 @@ class Sample:
     """sampling"""
 
     out_dir: str = setting("out", "folder of ckpt.pt, or a checkpoint: ours or a released one")
-    prompt: str = setting("", "the question; <image>, <audio> and <series> in it mark where a picture, a sound or a series goes, else they come first")
+    prompt: str = setting(
+        "",
+        "the question; <image>, <audio> and <series> in it mark where a picture, a sound or a series goes, else they come first",
+    )
     image: str = setting("", "picture files, separated by commas")
     audio: str = setting("", "sound files (wav, flac, ogg, mp3), separated by commas")
-    series: str = setting("", ".csv files, separated by commas; of each the last column, or the one named as in x.csv#load. Without a prompt they are forecast")
+    series: str = setting(
+        "",
+        ".csv files, separated by commas; of each the last column, or the one named as in x.csv#load. Without a prompt they are forecast",
+    )
     plot: str = setting("", "draw the forecast into this .png")
     horizon: int = setting(0, "points to forecast; 0 for as many as the model was made for")
     chat: bool = setting(False, "ask again and again; the state is kept between turns")
-    eval: str = setting("", "a .json or .jsonl file: answer every question in it; a .csv: forecast its columns; and print the scores")
+    eval: str = setting(
+        "", "a .json or .jsonl file: answer every question in it; a .csv: forecast its columns; and print the scores"
+    )
     raw: bool = setting(False, "no template: the prompt is a text to go on with")
     max_new_tokens: int = setting(256, "an answer is cut after so many tokens")
     temperature: float = setting(0.0, "0 always takes the likeliest token")
@@ -80,7 +101,12 @@ def flags(about, *classes, argv=None):
             raise ValueError
         return text.lower() in ("true", "1", "yes")
 
-    parser = Parser(usage="python %(prog)s [--name=value ...]", description=about, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(
+        usage="python %(prog)s [--name=value ...]",
+        description=about,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     for cls in classes:
         group = parser.add_argument_group(cls.__doc__)
         for field in dataclasses.fields(cls):
@@ -92,10 +118,14 @@ def flags(about, *classes, argv=None):
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
-        near = difflib.get_close_matches(name.lstrip("-"), [f.name for cls in classes for f in dataclasses.fields(cls)], 1)
+        near = difflib.get_close_matches(
+            name.lstrip("-"), [f.name for cls in classes for f in dataclasses.fields(cls)], 1
+        )
         parser.error(f"there is no {name}" + (f": did you mean --{near[0]}?" if near else ""))
     given = vars(given)
-    return *(cls(**{f.name: given[f.name] for f in dataclasses.fields(cls) if f.name in given}) for cls in classes), set(given)
+    return *(
+        cls(**{f.name: given[f.name] for f in dataclasses.fields(cls) if f.name in given}) for cls in classes
+    ), set(given)
 
 
 def ask(model, records, batch_size=64, **how):
@@ -107,7 +137,12 @@ def ask(model, records, batch_size=64, **how):
             asked = turns[:i] + [(turns[i][0], None)]
             samples.append((asked, media[: len(MARK.findall("".join(q for q, _ in asked)))], record["_at"]))
     answers = []
-    for i in tqdm(range(0, len(samples), batch_size), unit="batch", leave=False, disable=len(samples) <= batch_size or not sys.stderr.isatty()):
+    for i in tqdm(
+        range(0, len(samples), batch_size),
+        unit="batch",
+        leave=False,
+        disable=len(samples) <= batch_size or not sys.stderr.isatty(),
+    ):
         batch = [model.segments(turns, media, at=at) for turns, media, at in samples[i : i + batch_size]]
         answers += ["".join(pieces).strip() for pieces in zip(*model.generate(batch, **how))]
     return answers
@@ -130,7 +165,8 @@ def score(records, answers):
         return {
             "n": len(pairs),
             "exact": sum(a == t for a, t in pairs) / max(1, len(pairs)),
-            "chars": sum(x == y for a, t in pairs for x, y in zip(a, t)) / max(1, sum(max(len(a), len(t)) for a, t in pairs)),
+            "chars": sum(x == y for a, t in pairs for x, y in zip(a, t))
+            / max(1, sum(max(len(a), len(t)) for a, t in pairs)),
             "majority": max(Counter(t for _, t in pairs).values(), default=0) / max(1, len(pairs)),
         }
 
@@ -150,7 +186,9 @@ def errors(pairs):
         return {}
     hypotheses, references = map(list, zip(*pairs))
     words = jiwer.process_words(references, hypotheses)
-    characters = jiwer.process_characters(*([text.replace(" ", "") for text in texts] for texts in (references, hypotheses)))
+    characters = jiwer.process_characters(
+        *([text.replace(" ", "") for text in texts] for texts in (references, hypotheses))
+    )
     parts = {name: getattr(words, name) for name in ("substitutions", "deletions", "insertions")}
     return {"wer": words.wer, "cer": characters.cer, **parts}
 
@@ -162,22 +200,30 @@ def report(records, answers, examples=6):
     result = score(records, answers)
     print(f"{'held-out answers':20}{'n':>6}{'exact':>10}{'characters':>13}{'majority guess':>17}")
     for name, row in result["tasks"].items():
-        print(f"{name:20}{row['n']:6}{100 * row['exact']:8.1f} %{100 * row['chars']:11.1f} %{100 * row['majority']:15.1f} %")
+        print(
+            f"{name:20}{row['n']:6}{100 * row['exact']:8.1f} %{100 * row['chars']:11.1f} %{100 * row['majority']:15.1f} %"
+        )
         if "wer" in row:
             parts = ", ".join(f"{row[part]} {part}" for part in ("substitutions", "deletions", "insertions"))
-            print(f"  {100 * row['cer']:.1f} % of the characters wrong (CER), {100 * row['wer']:.1f} % of the words (WER: {parts})")
+            print(
+                f"  {100 * row['cer']:.1f} % of the characters wrong (CER), {100 * row['wer']:.1f} % of the words (WER: {parts})"
+            )
     rows = [(r, q, t) for r in records for q, t in record_turns(r)]
     step = max(1, len(rows) // examples)
     for (record, question, truth), answer in list(zip(rows, answers))[::step][:examples]:
         paths = " ".join(os.path.relpath(path) for _, path in record_media(record) if isinstance(path, str))
         question = " ".join(MARK.sub("", question).split())
-        print(f"  {'ok ' if answer == truth.strip() else 'NO '} {paths}  {question}  {answer!r}, truth {truth.strip()!r}")
+        print(
+            f"  {'ok ' if answer == truth.strip() else 'NO '} {paths}  {question}  {answer!r}, truth {truth.strip()!r}"
+        )
 
 
 def forecast(model, paths, horizon, plot):
     """Prints the next points of each series, one a line, and draws them."""
     if horizon < 0 or plot and not plot.lower().endswith(".png"):
-        raise InputError(f"--horizon={horizon} is negative" if horizon < 0 else f"--plot={plot} is not the name of a .png")
+        raise InputError(
+            f"--horizon={horizon} is negative" if horizon < 0 else f"--plot={plot} is not the name of a .png"
+        )
     series = [read_series(path) for path in paths]
     ahead = model.forecast(series, horizon or None)
     for path, y in zip(paths, ahead.tolist()):
@@ -193,7 +239,12 @@ def forecast(model, paths, horizon, plot):
         _, axes = plt.subplots(len(series), squeeze=False, figsize=(10, 3 * len(series)))
         for [axis], path, x, y in zip(axes, paths, series, ahead):
             n = min(len(x), model.config.lookback)
-            axis.plot(range(-n, 0), x[-n:], label=path, lw=0.8), axis.plot(range(len(y)), y, label="forecast"), axis.legend(), axis.grid(alpha=0.3)
+            (
+                axis.plot(range(-n, 0), x[-n:], label=path, lw=0.8),
+                axis.plot(range(len(y)), y, label="forecast"),
+                axis.legend(),
+                axis.grid(alpha=0.3),
+            )
         plt.tight_layout(), plt.savefig(plot, dpi=120), plt.close()
 
 
@@ -205,7 +256,9 @@ def ridge(lookback, horizon, path, strength=3000.0, windows=20000):
     for i in range(windows if series else 0):
         x = series[i % len(series)]
         start = rng.randint(0, len(x) - lookback - horizon)
-        points = normalise(x[start : start + lookback + horizon], lookback, x[: start + lookback].std(correction=0))[0][0]
+        points = normalise(x[start : start + lookback + horizon], lookback, x[: start + lookback].std(correction=0))[0][
+            0
+        ]
         xs.append(points[:lookback]), ys.append(points[lookback:])
     if not xs:
         return None
@@ -224,7 +277,9 @@ def benchmark(model, path, batch_size):
         raise InputError(f"{path}: this model has no series encoder; train one with --data=series")
     names, table = read_table(path)
     n, horizon, rows = model.config.lookback, model.config.horizon, len(table)
-    if (ett := re.match(r"ett([hm])\d", os.path.basename(path).lower())) and rows >= (most := 20 * 30 * 24 * (4 if ett[1] == "m" else 1)):
+    if (ett := re.match(r"ett([hm])\d", os.path.basename(path).lower())) and rows >= (
+        most := 20 * 30 * 24 * (4 if ett[1] == "m" else 1)
+    ):
         learned, table = most * 12 // 20, table[:most]
         test = most * 16 // 20
     else:
@@ -232,7 +287,9 @@ def benchmark(model, path, batch_size):
     if test < n or len(table) - test < horizon:
         raise InputError(f"{path}: {rows} rows are too few for a lookback of {n} and a horizon of {horizon}")
     if not table.isfinite().all():
-        raise InputError(f"{path}: values are missing in column {names[(~table.isfinite()).any(0).nonzero()[0, 0]]}; fill them first")
+        raise InputError(
+            f"{path}: values are missing in column {names[(~table.isfinite()).any(0).nonzero()[0, 0]]}; fill them first"
+        )
     deviation = table[:learned].std(0, correction=0)
     table = (table - table[:learned].mean(0)) / torch.where(deviation < 1e-9, 1, deviation)
     mix = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "series", "train.jsonl")
@@ -284,12 +341,18 @@ def main(argv=None):
     s, given = flags(__doc__, Sample, argv=argv)
     shown = s.image or s.audio or s.series
     if s.raw and (shown or s.chat or s.eval) or s.chat and s.eval or s.eval and (s.prompt or shown):
-        raise InputError("--raw, --chat and --eval=FILE exclude each other; --raw takes no picture or sound, and --eval no prompt either")
+        raise InputError(
+            "--raw, --chat and --eval=FILE exclude each other; --raw takes no picture or sound, and --eval no prompt either"
+        )
     if s.batch_size < 1:
         raise InputError(f"--batch_size={s.batch_size} is not at least 1")
     if not os.path.exists(s.out_dir):
-        raise InputError(f"no checkpoint at {s.out_dir}: train one with python train.py --out_dir={s.out_dir}, or name another with --out_dir")
-    own = {name: getattr(s, name) for name in ("tokenizer", "template", "prompt_style", "image_encoder", "audio_encoder")}
+        raise InputError(
+            f"no checkpoint at {s.out_dir}: train one with python train.py --out_dir={s.out_dir}, or name another with --out_dir"
+        )
+    own = {
+        name: getattr(s, name) for name in ("tokenizer", "template", "prompt_style", "image_encoder", "audio_encoder")
+    }
     model = load(s.out_dir, find_device(s.device), **{name: value for name, value in own.items() if value})
     how = dict(max_new_tokens=s.max_new_tokens, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, seed=s.seed)
 
@@ -315,7 +378,9 @@ def main(argv=None):
         return
     if not s.chat:
         if not s.prompt and not shown:
-            raise InputError('nothing to do: give --prompt="..." (with or without --image), --audio, --series, --chat, --raw or --eval=FILE')
+            raise InputError(
+                'nothing to do: give --prompt="..." (with or without --image), --audio, --series, --chat, --raw or --eval=FILE'
+            )
         stream(model, model.question(s.prompt, media), None, how)
         return
     state, prompt = None, s.prompt
@@ -328,7 +393,13 @@ def main(argv=None):
                 break
         if not prompt:
             break
-        kinds = lambda path: "audio" if path.lower().endswith((".wav", ".flac", ".ogg", ".mp3")) else "series" if ".csv" in path else "image"
+        kinds = lambda path: (
+            "audio"
+            if path.lower().endswith((".wav", ".flac", ".ogg", ".mp3"))
+            else "series"
+            if ".csv" in path
+            else "image"
+        )
         media += [(kinds(path), path) for path in re.findall(r"<([^<>]+\.\w+)>", prompt)]
         prompt = re.sub(r"<([^<>]+\.\w+)>", lambda path: f"<{kinds(path[1])}>", prompt)
         try:

@@ -94,7 +94,16 @@ def randomise(model, seed=0):
     return model.eval()
 
 
-SMALL = Config(n_layer=2, n_embd=64, head_size=32, patch_width=8, encoder_width=48, conv_kernel=3, conv_stride=2, audio_encoder="mel")
+SMALL = Config(
+    n_layer=2,
+    n_embd=64,
+    head_size=32,
+    patch_width=8,
+    encoder_width=48,
+    conv_kernel=3,
+    conv_stride=2,
+    audio_encoder="mel",
+)
 SMALL = dataclasses.replace(SMALL, series_encoder="wavenet", series_kernel=6, series_stride=4, lookback=48, horizon=12)
 
 
@@ -104,13 +113,25 @@ def model():
     return randomise(ModRWKV(SMALL)).double()
 
 
-MARKS = {257: b"\n\n", 258: b"User:", 259: b"Assistant:"}  # the tokens of the tokenizer "bytes" that are more than a byte
-codes = lambda string: [b + 1 for b in (string if isinstance(string, bytes) else string.encode())]  # and those that are one
+MARKS = {
+    257: b"\n\n",
+    258: b"User:",
+    259: b"Assistant:",
+}  # the tokens of the tokenizer "bytes" that are more than a byte
+codes = lambda string: [
+    b + 1 for b in (string if isinstance(string, bytes) else string.encode())
+]  # and those that are one
 text = lambda string: ("text", codes(string))
 pixels = lambda seed, *shape: np.random.RandomState(seed).randint(0, 256, shape, np.uint8)
 picture = lambda seed, patches=3: ("image", torch.from_numpy(pixels(seed, 3, 32, 8 * patches)))
-sound = lambda seed, frames=30: ("audio", torch.from_numpy(np.random.RandomState(seed).randn(80, frames).astype(np.float32)))
-series = lambda seed, points=30: ("series", modrwkv.normalise(torch.from_numpy(np.random.RandomState(seed).randn(points)))[0])
+sound = lambda seed, frames=30: (
+    "audio",
+    torch.from_numpy(np.random.RandomState(seed).randn(80, frames).astype(np.float32)),
+)
+series = lambda seed, points=30: (
+    "series",
+    modrwkv.normalise(torch.from_numpy(np.random.RandomState(seed).randn(points)))[0],
+)
 noise = lambda width, height: Image.fromarray(pixels(0, height, width, 3))
 
 
@@ -121,7 +142,9 @@ def stored(image, path, **how):
 
 def talk(*values, **more):
     """A record: questions and answers by turns."""
-    return more | {"conversations": [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]}
+    return more | {
+        "conversations": [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
+    }
 
 
 def refusal(function, *args, **more):
@@ -141,7 +164,9 @@ def jsonl(path, *records):
 
 
 @trials(100)
-@given(st.one_of(st.text(), st.lists(st.sampled_from(["\n", "User:", "Assistant:", "User", ":", "a", "é"])).map("".join)))
+@given(
+    st.one_of(st.text(), st.lists(st.sampled_from(["\n", "User:", "Assistant:", "User", ":", "a", "é"])).map("".join))
+)
 def test_bytes_tokenizer(string):
     tokenizer, want = get_tokenizer("bytes"), []
     for piece in re.split("(\n\n|User:|Assistant:)", string):
@@ -172,7 +197,9 @@ def test_world_tokenizer_is_the_official_one(official, string):
     ours = get_tokenizer(official[1])
     ids = ours.encode(string)
     assert ids == official[2].encode(string)
-    assert ours.decode([0, *ids, 65535]) == string.encode()  # neither the end nor what is above the vocabulary has a text
+    assert (
+        ours.decode([0, *ids, 65535]) == string.encode()
+    )  # neither the end nor what is above the vocabulary has a text
     assert (ours.end, ours.vocab_size) == (0, 65536)
 
 
@@ -207,7 +234,12 @@ UNUSABLE = {  # reason: records
     "gpt": [{"conversations": [{"from": "human", "value": "a"}] * 2}],
     "question": [talk("q"), talk("q", "a", "q")],
     "audio": [talk("<audio>?", "a"), talk("?", "a", audio="x.wav"), talk("<audio>", "a", audio=5)],
-    "series": [talk("<series>?", "a"), talk("?", "a", series=[1.0, 2]), talk("<series>", "a", series=[1, "x"]), talk("<series>", "a", series=5)],
+    "series": [
+        talk("<series>?", "a"),
+        talk("?", "a", series=[1.0, 2]),
+        talk("<series>", "a", series=[1, "x"]),
+        talk("<series>", "a", series=5),
+    ],
     '"series"': [{"series": 5, "target": [1, 2]}, {"series": ["a", "b"], "target": [1, 2]}],
     "target": [{"target": x} for x in (5, [], [1], ["a", "b"], [1, None], [1, math.nan])],
     "image": [talk("<image>?", "a", image=files) for files in (None, ["x.png", "y.png"], 5, [5], {"path": "x.png"})]
@@ -215,7 +247,9 @@ UNUSABLE = {  # reason: records
 }
 
 
-@pytest.mark.parametrize("reason,record", [(reason, record) for reason, records in UNUSABLE.items() for record in records])
+@pytest.mark.parametrize(
+    "reason,record", [(reason, record) for reason, records in UNUSABLE.items() for record in records]
+)
 def test_records_that_cannot_be_used(tmp_path, reason, record):
     good, bad = json.dumps(talk("q", "a")), record if isinstance(record, str) else json.dumps(record)
     one, other = tmp_path / "x.json", tmp_path / "x.jsonl"
@@ -234,12 +268,15 @@ def spell(segments):
     return "".join(forms[kind](data) for kind, data in segments)
 
 
-@pytest.mark.parametrize("template,want", [
-    ("world", "User: hi\n\nAssistant:[ hello\n\n]User: who?\n\nAssistant:[ me\n\n]"),
-    ("v1", "\x16User: hi\x17Assistant:[ hello\x17]User: who?\x17Assistant:[ me\x17]"),
-    ("v2", "\x16User: hi\x17\x16Assistant:[ hello\x17]\x16User: who?\x17\x16Assistant:[ me\x17]"),
-    ("v3", "\x16User:hi\x17\x16Assistant:[hello\x17]\x16User:who?\x17\x16Assistant:[me\x17]"),
-])
+@pytest.mark.parametrize(
+    "template,want",
+    [
+        ("world", "User: hi\n\nAssistant:[ hello\n\n]User: who?\n\nAssistant:[ me\n\n]"),
+        ("v1", "\x16User: hi\x17Assistant:[ hello\x17]User: who?\x17Assistant:[ me\x17]"),
+        ("v2", "\x16User: hi\x17\x16Assistant:[ hello\x17]\x16User: who?\x17\x16Assistant:[ me\x17]"),
+        ("v3", "\x16User:hi\x17\x16Assistant:[hello\x17]\x16User:who?\x17\x16Assistant:[me\x17]"),
+    ],
+)
 def test_templates(template, want):
     config = dataclasses.replace(SMALL, template=template)
     assert spell(conversation(config, [("hi", "hello"), ("who?", "me")], iter(()))) == want
@@ -247,9 +284,15 @@ def test_templates(template, want):
     assert spell(later) == want.split("]")[1].split("[")[0]
 
 
-@pytest.mark.parametrize("template,want", [
-    ("world", "<A>Assistant:[ yes\n\n]"), ("v1", "<A>\x16Assistant:[ yes\x17]"), ("v2", "<A>\x16Assistant:[ yes\x17]"), ("v3", "<A>\x16Assistant:[yes\x17]"),
-])
+@pytest.mark.parametrize(
+    "template,want",
+    [
+        ("world", "<A>Assistant:[ yes\n\n]"),
+        ("v1", "<A>\x16Assistant:[ yes\x17]"),
+        ("v2", "<A>\x16Assistant:[ yes\x17]"),
+        ("v3", "<A>\x16Assistant:[yes\x17]"),
+    ],
+)
 @pytest.mark.parametrize("style", modrwkv.PROMPT_STYLES)
 def test_what_is_to_be_written_down_has_no_question(template, want, style):
     config = dataclasses.replace(SMALL, template=template, prompt_style=style)
@@ -258,16 +301,22 @@ def test_what_is_to_be_written_down_has_no_question(template, want, style):
 
 
 def test_pictures_spaces_and_the_end_in_a_conversation(official):
-    turns = [("<image>\nWhat is this?", "A cat."), ("And <image><image>\n\n \nits colour?  ", " black\n\n\nand white\n")]
+    turns = [
+        ("<image>\nWhat is this?", "A cat."),
+        ("And <image><image>\n\n \nits colour?  ", " black\n\n\nand white\n"),
+    ]
     want = "User: <A>\nWhat is this?\n\nAssistant:[ A cat.\n\n]User: And <B><C>\nits colour?\n\nAssistant:[ black\nand white\n\n]"
     assert spell(conversation(SMALL, turns, iter([("image", name) for name in "ABC"]))) == want
     config = dataclasses.replace(SMALL, tokenizer=official[1])  # by itself, this tokenizer makes 28329 of "。\n"
-    assert conversation(config, [("q", "好。")], iter(()))[-1][1][-1] == 261  # but the end is always the token it is when answering
+    assert (
+        conversation(config, [("q", "好。")], iter(()))[-1][1][-1] == 261
+    )  # but the end is always the token it is when answering
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize(
-    "message", ["a\n\nb", "a\n \t\n\n b", "a\r\n\r\nb", "a\x17b", "\x16a\x17", "a\n\x16\nb", "a\n\x17", "{}", "a\n\x17\n\x16\nb"]
+    "message",
+    ["a\n\nb", "a\n \t\n\n b", "a\r\n\r\nb", "a\x17b", "\x16a\x17", "a\n\x16\nb", "a\n\x17", "{}", "a\n\x17\n\x16\nb"],
 )
 def test_no_message_ends_its_turn(template, message):
     config, end = dataclasses.replace(SMALL, template=template), TEMPLATES[template].end
@@ -279,13 +328,21 @@ def test_records_as_llava_writes_them(tmp_path, model):
     """A list in .json, or a record a line; paths are relative to the file, and a record can be read again and again."""
     (tmp_path / "sub").mkdir()
     files = ["sub/x.png", "sub/y.png"]
-    x, y = (model.encoder["image"].load(stored(drawing(at=(10 + 20 * i, 8)), tmp_path / file)) for i, file in enumerate(files))
-    records = [talk("<image>\nWhat?", "A thing.", id="1", image=files[0]), talk("<image> and <image>", "two", image=files)]
+    x, y = (
+        model.encoder["image"].load(stored(drawing(at=(10 + 20 * i, 8)), tmp_path / file))
+        for i, file in enumerate(files)
+    )
+    records = [
+        talk("<image>\nWhat?", "A thing.", id="1", image=files[0]),
+        talk("<image> and <image>", "two", image=files),
+    ]
     records += [talk("hi", "hello", id="2"), {"text": "ab\n\nc"}, {"text": "d", "conversations": None}]
     (tmp_path / "x.json").write_text(json.dumps(records))
     for path in (tmp_path / "x.json", jsonl(tmp_path / "x.jsonl", *records)):
         one, two, none, text, more = read_records(path)
-        assert modrwkv.record_media(one) == [("image", str(tmp_path / "sub/x.png"))] and modrwkv.record_media(none) == []
+        assert (
+            modrwkv.record_media(one) == [("image", str(tmp_path / "sub/x.png"))] and modrwkv.record_media(none) == []
+        )
         assert spell(model.sample(one)) == "User: <image>\nWhat?\n\nAssistant:[ A thing.\n\n]"
         for _epoch in range(2):
             pictures = [data for kind, data in model.sample(two) if kind == "image"]
@@ -297,7 +354,9 @@ def test_records_as_llava_writes_them(tmp_path, model):
 def test_question_puts_pictures_first(tmp_path, model):
     path = stored(drawing(), tmp_path / "x.png")
     segments = model.question("What?", [("image", path)])
-    assert spell(segments) == "User: <image>\nWhat?\n\nAssistant:" and torch.equal(segments[1][1], model.encoder["image"].load(path))
+    assert spell(segments) == "User: <image>\nWhat?\n\nAssistant:" and torch.equal(
+        segments[1][1], model.encoder["image"].load(path)
+    )
     assert spell(model.question("What <image>?", [("image", path)] * 2)) == "User: <image>\nWhat <image>?\n\nAssistant:"
     assert "<image>" in refusal(model.question, "<image>", [])
     blind = ModRWKV(dataclasses.replace(SMALL, image_encoder="none"))
@@ -340,7 +399,11 @@ def wkv7_inputs(T, N, fastest, mixed, transition, with_state, seed, scale=1.0, i
     normal = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
     uniform = lambda: torch.rand(1, T, H, N, generator=g, dtype=torch.float64)
     r, k, v = (scale * normal(1, T, H, N) for _ in range(3))
-    w = -(1e-6 * (max(fastest, 1e-6) / 1e-6) ** uniform()) if mixed else torch.full((1, T, H, N), -fastest, dtype=torch.float64)
+    w = (
+        -(1e-6 * (max(fastest, 1e-6) / 1e-6) ** uniform())
+        if mixed
+        else torch.full((1, T, H, N), -fastest, dtype=torch.float64)
+    )
     w[uniform() < infinite] = -math.inf
     kk, rate = F.normalize(normal(1, T, H, N), dim=-1) * transition, uniform()
     state = [scale**2 * normal(1, H, N, N)] if with_state else []
@@ -361,21 +424,85 @@ def assert_wkv7_exact(inputs, used=(0, 1)):
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
         for function in (modrwkv.wkv7, modrwkv.wkv7_chunked):
             got = run_wkv7(function, inputs, dtype, used)
-            errors = {name: distance(x, y) for name, x, y in zip("y state dr dw dk dv da db dstate".split(), got, exact)}
+            errors = {
+                name: distance(x, y) for name, x, y in zip("y state dr dw dk dv da db dstate".split(), got, exact)
+            }
             assert all(e <= tolerance for e in errors.values()), (function, dtype, errors)  # a NaN fails too
 
 
 @trials(40)
 @given(
-    T=st.integers(1, 130), N=st.sampled_from([16, 32, 64, 128]), exponent=st.floats(-6, math.log10(60)), mixed=st.booleans(),
-    transition=st.sampled_from([1, 1, 0]), with_state=st.booleans(), scale=st.sampled_from([1.0, 1.0, 1e-6, 1e6]),
-    infinite=st.sampled_from([0, 0, 0, 0.02, 0.5, 1]), used=st.sampled_from([(0, 1), (0,), (1,)]), seed=SEEDS,
+    T=st.integers(1, 130),
+    N=st.sampled_from([16, 32, 64, 128]),
+    exponent=st.floats(-6, math.log10(60)),
+    mixed=st.booleans(),
+    transition=st.sampled_from([1, 1, 0]),
+    with_state=st.booleans(),
+    scale=st.sampled_from([1.0, 1.0, 1e-6, 1e6]),
+    infinite=st.sampled_from([0, 0, 0, 0.02, 0.5, 1]),
+    used=st.sampled_from([(0, 1), (0,), (1,)]),
+    seed=SEEDS,
 )
-@example(T=130, N=64, exponent=math.log10(0.6065), mixed=True, transition=1, with_state=True, scale=1.0, infinite=0, used=(0, 1), seed=1)
-@example(T=96, N=64, exponent=math.log10(0.6065), mixed=False, transition=1, with_state=False, scale=1e6, infinite=0, used=(0, 1), seed=2)
-@example(T=40, N=16, exponent=math.log10(0.6065), mixed=True, transition=1, with_state=True, scale=1.0, infinite=0.02, used=(0, 1), seed=3)
-@example(T=40, N=16, exponent=math.log10(0.6065), mixed=True, transition=1, with_state=True, scale=1.0, infinite=0.5, used=(0, 1), seed=4)
-@example(T=40, N=16, exponent=math.log10(0.6065), mixed=True, transition=1, with_state=True, scale=1.0, infinite=1, used=(0, 1), seed=5)
+@example(
+    T=130,
+    N=64,
+    exponent=math.log10(0.6065),
+    mixed=True,
+    transition=1,
+    with_state=True,
+    scale=1.0,
+    infinite=0,
+    used=(0, 1),
+    seed=1,
+)
+@example(
+    T=96,
+    N=64,
+    exponent=math.log10(0.6065),
+    mixed=False,
+    transition=1,
+    with_state=False,
+    scale=1e6,
+    infinite=0,
+    used=(0, 1),
+    seed=2,
+)
+@example(
+    T=40,
+    N=16,
+    exponent=math.log10(0.6065),
+    mixed=True,
+    transition=1,
+    with_state=True,
+    scale=1.0,
+    infinite=0.02,
+    used=(0, 1),
+    seed=3,
+)
+@example(
+    T=40,
+    N=16,
+    exponent=math.log10(0.6065),
+    mixed=True,
+    transition=1,
+    with_state=True,
+    scale=1.0,
+    infinite=0.5,
+    used=(0, 1),
+    seed=4,
+)
+@example(
+    T=40,
+    N=16,
+    exponent=math.log10(0.6065),
+    mixed=True,
+    transition=1,
+    with_state=True,
+    scale=1.0,
+    infinite=1,
+    used=(0, 1),
+    seed=5,
+)
 def test_wkv7_is_exact_with_its_gradients(T, N, exponent, mixed, transition, with_state, scale, infinite, used, seed):
     assert_wkv7_exact(wkv7_inputs(T, N, 10**exponent, mixed, transition, with_state, seed, scale, infinite), used)
 
@@ -420,14 +547,22 @@ needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("cl
 @pytest.mark.parametrize("device", DEVICES)
 @trials(40)
 @given(
-    T=st.integers(1, 100), N=st.sampled_from([16, 32, 64, 128]), exponent=st.floats(-6, math.log10(60)), mixed=st.booleans(),
-    transition=st.sampled_from([1, 0]), with_state=st.booleans(), infinite=st.sampled_from([0, 0, 0.1, 1]), seed=SEEDS,
+    T=st.integers(1, 100),
+    N=st.sampled_from([16, 32, 64, 128]),
+    exponent=st.floats(-6, math.log10(60)),
+    mixed=st.booleans(),
+    transition=st.sampled_from([1, 0]),
+    with_state=st.booleans(),
+    infinite=st.sampled_from([0, 0, 0.1, 1]),
+    seed=SEEDS,
 )
 @example(T=100, N=64, exponent=math.log10(0.6065), mixed=True, transition=1, with_state=True, infinite=0, seed=1)
 def test_kernel_deviates_by_2e_6_at_most(device, T, N, exponent, mixed, transition, with_state, infinite, seed):
     inputs = wkv7_inputs(T, N, 10**exponent, mixed, transition, with_state, seed, infinite=infinite)
     assert modrwkv.has_kernel(device)
-    for got, exact in zip(run_wkv7(modrwkv.wkv7, inputs, torch.float32, device=device), run_wkv7(modrwkv.wkv7_loop, inputs, torch.float64)):
+    for got, exact in zip(
+        run_wkv7(modrwkv.wkv7, inputs, torch.float32, device=device), run_wkv7(modrwkv.wkv7_loop, inputs, torch.float64)
+    ):
         assert distance(got, exact) <= 2e-6
 
 
@@ -438,7 +573,11 @@ def test_kernel_writes_all_it_returns(monkeypatch, T):
     want = run_wkv7(modrwkv.wkv7, inputs, torch.float32)
     empty = torch.empty_like
     monkeypatch.setattr(torch, "empty_like", lambda *args, **how: empty(*args, **how).fill_(math.nan))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *shape, **how: self.new_full(shape if len(shape) > 1 else shape[0], math.nan, **how))
+    monkeypatch.setattr(
+        torch.Tensor,
+        "new_empty",
+        lambda self, *shape, **how: self.new_full(shape if len(shape) > 1 else shape[0], math.nan, **how),
+    )
     assert all(map(torch.equal, run_wkv7(modrwkv.wkv7, inputs, torch.float32), want))
 
 
@@ -476,7 +615,9 @@ def test_kernel_rounds_half_precision_once(device, dtype):
     inputs = [x.to(dtype) for x in wkv7_inputs(70, 64, 0.6, True, 1, False, seed=3)]
     exact = run_wkv7(modrwkv.wkv7_loop, inputs, torch.float64)
     for i, (got, want) in enumerate(zip(run_wkv7(modrwkv.wkv7, inputs, dtype, device=device), exact)):
-        assert distance(got, want) <= (1.5 * distance(want.to(dtype), want) if i != 1 else 2e-6)  # the state stays float32
+        assert distance(got, want) <= (
+            1.5 * distance(want.to(dtype), want) if i != 1 else 2e-6
+        )  # the state stays float32
 
 
 @needs_compiler
@@ -504,7 +645,9 @@ def test_kernel_takes_any_strides():
     inputs = wkv7_inputs(20, 16, 0.6, True, 1, True, seed=5)
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs[:6]] + [inputs[6].mT.contiguous().mT]
     assert not strided[0].is_contiguous()
-    assert all(map(torch.equal, run_wkv7(modrwkv.wkv7, strided, torch.float32), run_wkv7(modrwkv.wkv7, inputs, torch.float32)))
+    assert all(
+        map(torch.equal, run_wkv7(modrwkv.wkv7, strided, torch.float32), run_wkv7(modrwkv.wkv7, inputs, torch.float32))
+    )
 
 
 RECURRENCE = """
@@ -517,7 +660,9 @@ print(modrwkv.wkv7(x, -x, x, x, x, x * 0)[0].sum().item(), flush=True)
 def recurrence(cache, **environment):
     """The printed sum, and what was said, of a fresh process whose compiled kernels are in the folder `cache`."""
     environment = os.environ | {"XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"} | environment
-    return subprocess.Popen([sys.executable, "-c", RECURRENCE], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", RECURRENCE], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 @needs_compiler
@@ -531,7 +676,10 @@ def test_kernel_is_compiled_once_by_processes_at_once(tmp_path):
 
 @pytest.mark.parametrize(
     ("compiler", "reason"),
-    [(None, "there is no C++ compiler; install g++ or clang++"), ("echo no error: >&2; exit 1", "cannot compile kernel.cu")],
+    [
+        (None, "there is no C++ compiler; install g++ or clang++"),
+        ("echo no error: >&2; exit 1", "cannot compile kernel.cu"),
+    ],
 )
 def test_without_a_compiler_torch_does_it(tmp_path, compiler, reason):
     bin = tmp_path / "bin"
@@ -721,7 +869,9 @@ def test_cuda_refuses_what_it_cannot_do(cuda):
 
 def test_cuda_launches(cuda):
     """The stream that was given; shared memory that lets two blocks run on an SM of sm_80 and sm_90 at N = 64."""
-    stream, shared = (kind.in_dll(cuda, name) for kind, name in ((ctypes.c_void_p, "last_stream"), (ctypes.c_size_t, "last_shared")))
+    stream, shared = (
+        kind.in_dll(cuda, name) for kind, name in ((ctypes.c_void_p, "last_stream"), (ctypes.c_size_t, "last_shared"))
+    )
     for dtype, N, most in ((F32, 16, 40), (BF16, 64, 80), (F32, 64, 80), (F32, 128, 99)):
         x, s0, dy, dsT = cuda_inputs((1, 1, 1, N), dtype, "one", 0)
         kept, grads = torch.zeros(1, 1, 1, N, N), [torch.empty(1, 1, 1, N) for _ in range(6)]
@@ -738,9 +888,23 @@ def test_cuda_compiles_without_spills(arch, tmp_path):
     """Of the sixteen kernels of float32 and bfloat16 those of N = 64 and 128: half the compile time."""
     source = re.sub(r"\n *case (16|32|2): .*", "", KERNEL.read_text())
     (tmp_path / "kernel.cu").write_text(source)
-    command = [NVCC, "-std=c++17", f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v", "-o", tmp_path / "kernel.cubin", tmp_path / "kernel.cu"]
+    command = [
+        NVCC,
+        "-std=c++17",
+        f"-arch=sm_{arch}",
+        "-cubin",
+        "-Xptxas",
+        "-v",
+        "-o",
+        tmp_path / "kernel.cubin",
+        tmp_path / "kernel.cu",
+    ]
     log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    kernels = re.findall(r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers", log, re.S)
+    kernels = re.findall(
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+        log,
+        re.S,
+    )
     assert len(kernels) == 8
     for name, stores, loads, registers in kernels:
         assert (stores, loads) == ("0", "0"), name
@@ -789,9 +953,15 @@ def assert_logits_agree(ours, theirs, tokens):
     return state, step_state, exact_state
 
 
-@pytest.mark.parametrize("n_layer,C,N,ranks", [
-    (1, 64, 64, (32, 32, 32, 32)), (2, 128, 64, (64, 32, 16, 96)), (3, 192, 64, (32, 48, 24, 64)), (3, 128, 32, (8, 16, 64, 40)),
-])
+@pytest.mark.parametrize(
+    "n_layer,C,N,ranks",
+    [
+        (1, 64, 64, (32, 32, 32, 32)),
+        (2, 128, 64, (64, 32, 16, 96)),
+        (3, 192, 64, (32, 48, 24, 64)),
+        (3, 128, 32, (8, 16, 64, 40)),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # released files are in bfloat16
 @torch.no_grad()
 def test_logits_are_those_of_the_official_package(official, tmp_path, n_layer, C, N, ranks, dtype):
@@ -824,10 +994,18 @@ def weights_of(rwkv, n_layer, C, V=300, N=64, seed=0):
         if rwkv == 5:
             z |= {att + "time_decay": uniform(-6, 3, C // N, N)}
         else:
-            z |= {att + "time_decay": uniform(-6, 3), att + "time_decay_w1": matrix(C, 24), att + "time_decay_w2": normal(24, C) / 5}
+            z |= {
+                att + "time_decay": uniform(-6, 3),
+                att + "time_decay_w1": matrix(C, 24),
+                att + "time_decay_w2": normal(24, C) / 5,
+            }
             z |= {att + "time_maa_w1": normal(C, 5 * 16) / C**0.5, att + "time_maa_w2": normal(5, 16, C) / 8}
         z |= {att + f"{s}.weight": matrix(C, C) for s in ("receptance", "key", "value", "gate", "output")}
-        z |= {ffn + "key.weight": matrix(F_, C), ffn + "value.weight": matrix(C, F_), ffn + "receptance.weight": matrix(C, C)}
+        z |= {
+            ffn + "key.weight": matrix(F_, C),
+            ffn + "value.weight": matrix(C, F_),
+            ffn + "receptance.weight": matrix(C, C),
+        }
     return z
 
 
@@ -858,12 +1036,16 @@ def test_official_checkpoint_is_found_out_from_its_tensors(tmp_path):
     weights = official_weights(3, 128, N=32, ranks=(8, 16, 24, 40))
     torch.save(weights, tmp_path / "x.pth")
     ours = load(tmp_path / "x.pth", tokenizer="bytes", template="v2")
-    assert ours.config == Config(n_layer=3, n_embd=128, head_size=32, tokenizer="bytes", template="v2", image_encoder="none")
+    assert ours.config == Config(
+        n_layer=3, n_embd=128, head_size=32, tokenizer="bytes", template="v2", image_encoder="none"
+    )
     own = ours.state_dict()
     unused = {f"blocks.0.att.v{i}" for i in "012"}
     assert set(own) == set(weights) - unused
     assert all(torch.equal(x, weights[name]) for name, x in own.items())
-    flat = {name: x.flatten() if x.dim() == 3 else x for name, x in weights.items() if name not in unused}  # as some converters do
+    flat = {
+        name: x.flatten() if x.dim() == 3 else x for name, x in weights.items() if name not in unused
+    }  # as some converters do
     torch.save(flat, tmp_path / "flat.pth")
     seeing = load(tmp_path / "flat.pth", image_encoder="patch", tokenizer="bytes")  # a language model may be given eyes
     assert "image" in seeing.encoder and all(torch.equal(seeing.state_dict()[name], x) for name, x in own.items())
@@ -879,18 +1061,26 @@ def test_initial_values():
     want, gains = {"ln_out.weight": 1, "ln_out.bias": 0}, {"head.weight": 0.5 * math.sqrt(len(z["emb.weight"]) / C)}
     for ell in range(L):
         block, rho0, rho1 = f"blocks.{ell}.", ell / (L - 1), 1 - ell / L
-        want |= {f"{block}att.x_{s}": 1 - q ** (p * rho1) for s, p in dict(r=0.2, g=0.2, w=0.9, a=0.9, k=0.7, v=0.7).items()}
+        want |= {
+            f"{block}att.x_{s}": 1 - q ** (p * rho1) for s, p in dict(r=0.2, g=0.2, w=0.9, a=0.9, k=0.7, v=0.7).items()
+        }
         want[f"{block}att.w0"] = -6 + 6 * (i / (C - 1)) ** (1 + rho0**0.3) + 0.5 + 2.5 * zigzag
         want[f"{block}att.a0"] = -0.19 + 0.3 * zigzag + 0.4 * lin
         want |= {f"{block}att.k_k": 0.71 - 0.1 * lin, f"{block}att.k_a": 1.02, f"{block}att.r_k": -0.04}
         want[f"{block}ffn.x_k"] = 1 - q ** (rho1**4)
         want |= {f"{block}att.v0": 0.73 - 0.4 * lin} if ell else {}
-        want |= {f"{block}att.ln_x.weight": ((ell + 1) / L) ** 0.7, f"{block}att.ln_x.bias": 0, f"{block}ffn.value.weight": 0}
+        want |= {
+            f"{block}att.ln_x.weight": ((ell + 1) / L) ** 0.7,
+            f"{block}att.ln_x.bias": 0,
+            f"{block}ffn.value.weight": 0,
+        }
         for norm in ("ln1", "ln2") + ("ln0",) * (ell == 0):
             want |= {f"{block}{norm}.weight": 1, f"{block}{norm}.bias": 0}
         for s in "wag" + "v" * (ell > 0):
             want[f"{block}att.{s}1"], gains[f"{block}att.{s}2"] = 0, 0.1
-        gains |= {f"{block}att.{name}.weight": gain for name, gain in dict(receptance=1, key=0.1, value=1, output=0).items()}
+        gains |= {
+            f"{block}att.{name}.weight": gain for name, gain in dict(receptance=1, key=0.1, value=1, output=0).items()
+        }
         gains[f"{block}ffn.key.weight"] = 1
     for name, x in want.items():
         assert np.allclose(z[name].squeeze(), x, rtol=0, atol=2e-6), name
@@ -907,12 +1097,20 @@ def test_initial_values_at_the_edges():
     assert all(x.isfinite().all() for x in narrow.state_dict().values())  # one layer: its depth is 0 of 0
     head, w2 = narrow.head.weight.double(), narrow.blocks[0].att.w2.double()
     assert torch.allclose(head @ head.T, 0.5**2 * torch.eye(8).double(), atol=1e-6)  # V < C
-    assert w2.shape == (32, 16) and torch.allclose(w2.T @ w2, 0.1**2 * 2 * torch.eye(16).double(), atol=1e-6)  # rank > C
+    assert w2.shape == (32, 16) and torch.allclose(
+        w2.T @ w2, 0.1**2 * 2 * torch.eye(16).double(), atol=1e-6
+    )  # rank > C
 
 
-@pytest.mark.parametrize("C,ranks", [
-    (128, (32, 32, 32, 64)), (768, (64, 64, 32, 128)), (1024, (64, 64, 64, 160)), (2048, (128, 128, 64, 224)),
-])
+@pytest.mark.parametrize(
+    "C,ranks",
+    [
+        (128, (32, 32, 32, 64)),
+        (768, (64, 64, 32, 128)),
+        (1024, (64, 64, 64, 160)),
+        (2048, (128, 128, 64, 224)),
+    ],
+)
 def test_ranks_are_the_official_ones(C, ranks):
     with torch.device("meta"):
         att = modrwkv.TimeMix7(2, C, 64, layer=1)
@@ -937,7 +1135,9 @@ def test_optimizer_groups():
     assert [g["lr_scale"] for g in modrwkv.parameter_groups(model, 0.1, 1.0)] == [1.0, 1.0, 1.0]
     groups = modrwkv.parameter_groups(model, 0.1, muon=True)
     outside, *unchanged, inside = [{names[id(p)] for p in group["params"]} for group in groups]
-    assert outside == {name for name in decayed if name.startswith(("emb", "head", "encoder")) or ".conv." in name}  # its encoder has no matrices
+    assert outside == {
+        name for name in decayed if name.startswith(("emb", "head", "encoder")) or ".conv." in name
+    }  # its encoder has no matrices
     assert inside == decayed - outside and unchanged == [set(found[1]), set(found[2])]
     assert [(g["weight_decay"], g["lr_scale"]) for g in groups] == [(0.1, 1.0), (0.0, 2.0), (0.0, 1.0), (0.1, 1.0)]
 
@@ -1000,7 +1200,10 @@ def test_a_picture_is_scaled_and_its_margins_are_taken_away():
     scaled = np.array(noise(75, 50).resize((48, 32), Image.BILINEAR))
     assert torch.equal(WHOLE.load(noise(75, 50)), torch.from_numpy(scaled).permute(2, 0, 1))
     trimming = PatchEncoder(Config(image_trim=True))
-    first, *others = [trimming.load(drawing(size, at)) for size, at in [((60, 40), (10, 8)), ((300, 200), (140, 2)), ((21, 25), (1, 1))]]
+    first, *others = [
+        trimming.load(drawing(size, at))
+        for size, at in [((60, 40), (10, 8)), ((300, 200), (140, 2)), ((21, 25), (1, 1))]
+    ]
     assert all(torch.equal(first, other) for other in others)
     assert first.shape == (3, 32, 28)  # 20 x 24, scaled to 26.7 x 32, in patches of 4
     black = Image.eval(drawing((80, 80), (30, 30)), lambda x: 255 - x)  # the paper may be dark
@@ -1042,7 +1245,12 @@ def plain_adapter(adapter, x):
     return y + norm * z["pre_norm.weight"] + z["pre_norm.bias"]
 
 
-COUNTS = {(3, 2): (288, 288, 360), (4, 3): (192, 192, 240), (5, 4): (144, 144, 180), (0, 2): (577, 576, 720)}  # of 577, 576, 720
+COUNTS = {
+    (3, 2): (288, 288, 360),
+    (4, 3): (192, 192, 240),
+    (5, 4): (144, 144, 180),
+    (0, 2): (577, 576, 720),
+}  # of 577, 576, 720
 
 
 @pytest.mark.parametrize("kernel,stride", [*COUNTS, (1, 1), (4, 2), (2, 5)])
@@ -1082,7 +1290,9 @@ def test_frames_are_those_of_whisper(n):
     from transformers import WhisperFeatureExtractor
 
     x = torch.randn(n, generator=torch.Generator().manual_seed(n)) * torch.linspace(0, 0.5, n)
-    theirs = WhisperFeatureExtractor()(x.numpy(), sampling_rate=16000, padding="do_not_pad", truncation=False)["input_features"][0]
+    theirs = WhisperFeatureExtractor()(x.numpy(), sampling_rate=16000, padding="do_not_pad", truncation=False)[
+        "input_features"
+    ][0]
     ours = MelEncoder(Config()).load(x)
     assert ours.shape == theirs.shape and np.abs(ours.numpy() - theirs).max() < 1e-6
 
@@ -1104,7 +1314,9 @@ def test_sounds_of_any_kind(tmp_path, rate, channels, kind):
     loudness = 1 + 0.5 * np.linspace(-1, 1, channels) if channels > 1 else np.ones(1)
     soundfile.write(tmp_path / f"x.{kind}", wave(rate)[:, None] * loudness, rate)
     got = read_sound(tmp_path / f"x.{kind}", 16000).numpy()
-    assert abs(len(got) - 8000) < (2 if kind in ("wav", "flac") else 2500)  # mp3 is in whole blocks, with silence before and after
+    assert abs(len(got) - 8000) < (
+        2 if kind in ("wav", "flac") else 2500
+    )  # mp3 is in whole blocks, with silence before and after
     spectrum = np.abs(np.fft.rfft(got * np.hanning(len(got))))
     assert abs(spectrum.argmax() * 16000 / len(got) - 440) < 4
     middle = got[2000:6000]
@@ -1126,7 +1338,12 @@ def test_a_sound_that_is_cut_short_is_refused(tmp_path, kind, part):
 def test_sounds_that_cannot_be_read(tmp_path):
     (tmp_path / "x.wav").write_bytes(b"no sound at all")
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
-    for name, word in (("none.wav", "no such"), ("x.wav", "not a sound"), ("empty.wav", "no sound"), ("", "not a sound")):
+    for name, word in (
+        ("none.wav", "no such"),
+        ("x.wav", "not a sound"),
+        ("empty.wav", "no sound"),
+        ("", "not a sound"),
+    ):
         message = refusal(MelEncoder(Config()).load, tmp_path / name)
         assert str(tmp_path / name) in message and word in message
     soundfile.write(tmp_path / "s.wav", np.ones(500) / 2, 16000)
@@ -1144,18 +1361,25 @@ def test_a_sound_in_a_batch_is_the_sound_alone_through_the_convolutions():
     z = dict(encoder.named_parameters())
     for x, got in zip(sounds, encoder(sounds)):
         want = torch.maximum(x, x.max() - 1)
-        want = gelu(F.conv1d((want - want.mean(1, keepdim=True)).double()[None], z["conv1.weight"], z["conv1.bias"], padding=1))
+        want = gelu(
+            F.conv1d((want - want.mean(1, keepdim=True)).double()[None], z["conv1.weight"], z["conv1.bias"], padding=1)
+        )
         want = gelu(F.conv1d(want, z["conv2.weight"], z["conv2.bias"], stride=2, padding=1))[0]
         for i, d in enumerate((1, 2, 4, 8)):
             padded = F.pad(want, (2 * d, 2 * d))
-            y = sum(z[f"deep.{i}.0.weight"][:, :, j] * padded[:, j * d : j * d + want.shape[1]] for j in range(5)) + z[f"deep.{i}.0.bias"][:, None]
+            y = (
+                sum(z[f"deep.{i}.0.weight"][:, :, j] * padded[:, j * d : j * d + want.shape[1]] for j in range(5))
+                + z[f"deep.{i}.0.bias"][:, None]
+            )
             want = want + gelu(z[f"deep.{i}.1.weight"][:, :, 0] @ y + z[f"deep.{i}.1.bias"][:, None])
         assert want.shape[1] == encoder.length(x) and distance(got, want.T) < 1e-12
     flat = [x / x.abs().max() / 4 for x in sounds]  # nothing 40 dB below the loudest
     for got, again in zip(encoder(flat), encoder([x + torch.arange(80)[:, None] / 200 for x in flat])):
         assert distance(again, got) < 1e-4  # a microphone that is louder in some bins is not heard
     x = sounds[3] - sounds[3].max()
-    assert distance(*encoder([x, torch.where(x < -1.1, x - 1, x)])) == 0 and (x < -1.1).any()  # nor what is far fainter than the loudest
+    assert (
+        distance(*encoder([x, torch.where(x < -1.1, x - 1, x)])) == 0 and (x < -1.1).any()
+    )  # nor what is far fainter than the loudest
 
 
 @torch.no_grad()
@@ -1165,7 +1389,12 @@ def test_speech_adapter_halves_and_has_no_norm():
     signals = [torch.randn(n, 12, generator=torch.Generator().manual_seed(n)).double() for n in [23, *range(1, 9), 40]]
     for x, y in zip(signals, adapter(signals)):
         padded = np.pad(x.numpy(), ((2, 2), (0, 0)))
-        x = np.stack([sum(z["conv.weight"][:, :, j] @ padded[i + j] for j in range(3)) for i in range(0, len(padded) - 2, 2)]) + z["conv.bias"]
+        x = (
+            np.stack(
+                [sum(z["conv.weight"][:, :, j] @ padded[i + j] for j in range(3)) for i in range(0, len(padded) - 2, 2)]
+            )
+            + z["conv.bias"]
+        )
         x = np.maximum(x @ z["mlp.0.weight"].T + z["mlp.0.bias"], 0) @ z["mlp.2.weight"].T + z["mlp.2.bias"]
         assert distance(y, x) < 1e-12
     assert [adapter.length(n) for n in (49, 576, 1499, 1500)] == [26, 289, 751, 751]  # those of [1]'s code
@@ -1192,17 +1421,28 @@ def test_wavenet_is_causal_and_a_series_in_a_batch_is_the_series_alone():
         h, skips = at("start", x) + z["start.bias"][:, None], 0
         for i, d in enumerate((1, 2, 4, 8)):
             before = np.pad(h, ((0, 0), (d, 0)))[:, : h.shape[1]]
-            value, opening = np.split(at(f"gates.{i}", before) + at(f"gates.{i}", h, 1) + z[f"gates.{i}.bias"][:, None], 2)
+            value, opening = np.split(
+                at(f"gates.{i}", before) + at(f"gates.{i}", h, 1) + z[f"gates.{i}.bias"][:, None], 2
+            )
             y = np.tanh(value) / (1 + np.exp(-opening))
             h, skips = h + at(f"residuals.{i}", y) + z[f"residuals.{i}.bias"][:, None], skips + y
         assert distance(got, (at("end", np.vstack([skips.clip(0), x])) + z["end.bias"][:, None]).T) < 1e-12
 
 
-LAYOUT = {"model.embed_layer.emb.weight": (1024, 96), "model.norm.weight": (1024,), "model.norm.bias": (1024,), "lm_heads.0.weight": (96, 1024)}
+LAYOUT = {
+    "model.embed_layer.emb.weight": (1024, 96),
+    "model.norm.weight": (1024,),
+    "model.norm.bias": (1024,),
+    "lm_heads.0.weight": (96, 1024),
+}
 for i in range(8):
     at = f"model.layers.{i}"
-    LAYOUT |= {f"{at}.self_attn.{x}_proj.weight": (1024, 1024) for x in "qkvo"} | {f"{at}.self_attn.{x}_proj.bias": (1024,) for x in "qkv"}
-    LAYOUT |= {f"{at}.ffn_layer.{x}_proj.weight": (2048, 1024) for x in ("gate", "up")} | {f"{at}.ffn_layer.down_proj.weight": (1024, 2048)}
+    LAYOUT |= {f"{at}.self_attn.{x}_proj.weight": (1024, 1024) for x in "qkvo"} | {
+        f"{at}.self_attn.{x}_proj.bias": (1024,) for x in "qkv"
+    }
+    LAYOUT |= {f"{at}.ffn_layer.{x}_proj.weight": (2048, 1024) for x in ("gate", "up")} | {
+        f"{at}.ffn_layer.down_proj.weight": (1024, 2048)
+    }
     LAYOUT |= {f"{at}.norm{j}.{x}": (1024,) for j in (1, 2) for x in ("weight", "bias")}
 
 
@@ -1221,11 +1461,16 @@ def test_timer_is_the_formula():
     """Against one in numpy: complex rotations, a softmax over what came before, the norms behind the sums."""
     encoder = randomise(TinyTimer(Config())).double()
     z = {name: p.numpy() for name, p in encoder.named_parameters()}
-    norm = lambda x, at: (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5) * z[f"{at}.weight"] + z[f"{at}.bias"]
+    norm = lambda x, at: (
+        (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5) * z[f"{at}.weight"] + z[f"{at}.bias"]
+    )
     batch = [series(n, n)[1].double() for n in (1, 4, 7, 8, 23)]
     for points, got in zip(batch, encoder(batch)):
         n = len(points[0])
-        assert len(got) == encoder.length(points) == max(1, n // 4) == len(encoder.ends(n)) and encoder.ends(n)[-1] == n - 1
+        assert (
+            len(got) == encoder.length(points) == max(1, n // 4) == len(encoder.ends(n))
+            and encoder.ends(n)[-1] == n - 1
+        )
         x = points[0].numpy()[n % 4 :] if n >= 4 else np.pad(points[0].numpy(), (4 - n, 0))  # the newest points count
         x = x.reshape(-1, 4) @ z["model.embed_layer.emb.weight"].T
         for i in range(2):
@@ -1249,7 +1494,15 @@ def test_timer_trains_from_its_weights_and_stays_as_it_is(tmp_path, monkeypatch)
 
     monkeypatch.setitem(modrwkv.ENCODERS["series"], "timer", TinyTimer)
     data = jsonl(tmp_path / "x.jsonl", *({"target": [math.sin(i / 3 + n) for i in range(100)]} for n in range(8)))
-    flags = ("--series_encoder=timer", "--image_encoder=none", "--series_kernel=0", "--lookback=48", "--horizon=8", "--max_steps=2", "--level_steps=0")
+    flags = (
+        "--series_encoder=timer",
+        "--image_encoder=none",
+        "--series_kernel=0",
+        "--lookback=48",
+        "--horizon=8",
+        "--max_steps=2",
+        "--level_steps=0",
+    )
     assert "--timer_weights" in refusal(learn, tmp_path / "out", (data, data), *flags)
     weights = {name: x.contiguous() for name, x in randomise(TinyTimer(Config()), 5).state_dict().items()}
     less, more = lambda w: w.pop("model.norm.bias"), lambda w: w.update(more=torch.zeros(1))
@@ -1257,8 +1510,12 @@ def test_timer_trains_from_its_weights_and_stays_as_it_is(tmp_path, monkeypatch)
         broken = dict(weights)
         change(broken)
         save_file(broken, tmp_path / "broken.safetensors")
-        assert words in refusal(learn, tmp_path / "out", (data, data), *flags, f"--timer_weights={tmp_path / 'broken.safetensors'}")
-    assert "none.safetensors" in refusal(learn, tmp_path / "out", (data, data), *flags, f"--timer_weights={tmp_path / 'none.safetensors'}")
+        assert words in refusal(
+            learn, tmp_path / "out", (data, data), *flags, f"--timer_weights={tmp_path / 'broken.safetensors'}"
+        )
+    assert "none.safetensors" in refusal(
+        learn, tmp_path / "out", (data, data), *flags, f"--timer_weights={tmp_path / 'none.safetensors'}"
+    )
     save_file(weights, tmp_path / "timer.safetensors")
     learn(tmp_path / "out", (data, data), *flags, f"--timer_weights={tmp_path / 'timer.safetensors'}")
     after = kept(tmp_path / "out")
@@ -1267,7 +1524,14 @@ def test_timer_trains_from_its_weights_and_stays_as_it_is(tmp_path, monkeypatch)
 
 
 @trials(60)
-@given(n=st.integers(1, 60), known=st.integers(1, 60), gaps=st.floats(0, 1), level=st.floats(-1e3, 1e3), size=st.sampled_from([0, 1e-3, 1, 1e6]), seed=SEEDS)
+@given(
+    n=st.integers(1, 60),
+    known=st.integers(1, 60),
+    gaps=st.floats(0, 1),
+    level=st.floats(-1e3, 1e3),
+    size=st.sampled_from([0, 1e-3, 1, 1e6]),
+    seed=SEEDS,
+)
 def test_normalise_is_undone_by_what_it_returns(n, known, gaps, level, size, seed):
     rng = np.random.RandomState(seed)
     x = level + size * rng.randn(n)
@@ -1275,8 +1539,15 @@ def test_normalise_is_undone_by_what_it_returns(n, known, gaps, level, size, see
     points, mean, deviation = modrwkv.normalise(torch.from_numpy(x), known)
     there = np.isfinite(x)
     assert points.shape == (2, n) and points.isfinite().all() and deviation > 0
-    assert (points[1].numpy() == there).all() and not points[0][~torch.from_numpy(there)].any() and points.abs().max() <= 10
-    first, scale = x[:known][there[:known]], x[there].std() if size and there.sum() > 1 else 0  # of a constant, whatever rounding makes of it
+    assert (
+        (points[1].numpy() == there).all()
+        and not points[0][~torch.from_numpy(there)].any()
+        and points.abs().max() <= 10
+    )
+    first, scale = (
+        x[:known][there[:known]],
+        x[there].std() if size and there.sum() > 1 else 0,
+    )  # of a constant, whatever rounding makes of it
     if len(first):
         assert mean == pytest.approx(first.mean(), rel=1e-9)
         assert deviation == pytest.approx((first.var() + (0.1 * scale or 1) ** 2) ** 0.5, rel=1e-3)
@@ -1292,15 +1563,28 @@ def test_tables_and_columns(tmp_path):
     assert modrwkv.read_series(path).tolist() == [2.5, -300] and np.isnan(modrwkv.read_series(f"{path}#load")[1])
     assert modrwkv.read_series([1, None, 3]).isnan().tolist() == [False, True, False]
     assert "no column x; its columns are date, load, price" in refusal(modrwkv.read_series, f"{path}#x")
-    for content, words in [("", "no rows"), ("a,b\n", "no rows"), ("a\nx\n", "no column of numbers"), ("a,b\n1,2\n3\n", "line 3, has 1 values, not 2"),
-                           ("a\n1\n2\noops\n", "line 4: 'oops' in column a"), (b"\xff\xfe\x00", "not a .csv"), ("1,2\n3,4\n", "no header")]:
+    for content, words in [
+        ("", "no rows"),
+        ("a,b\n", "no rows"),
+        ("a\nx\n", "no column of numbers"),
+        ("a,b\n1,2\n3\n", "line 3, has 1 values, not 2"),
+        ("a\n1\n2\noops\n", "line 4: 'oops' in column a"),
+        (b"\xff\xfe\x00", "not a .csv"),
+        ("1,2\n3,4\n", "no header"),
+    ]:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         message = refusal(modrwkv.read_table, path)
         assert str(path) in message and words in message
     assert "No such file" in refusal(modrwkv.read_series, tmp_path / "none.csv")
-    path.write_text('\ufeffwhen;a;b;\nx;1;"1,5";\ny;NA;"2,5";\n', encoding="utf-8")  # a program's semicolons, decimal commas, and one too many
+    path.write_text(
+        '\ufeffwhen;a;b;\nx;1;"1,5";\ny;NA;"2,5";\n', encoding="utf-8"
+    )  # a program's semicolons, decimal commas, and one too many
     assert modrwkv.read_series(f"{path}#a").isnan().tolist() == [False, True]
-    for column, words in (("", "column 4 is empty; another is chosen by"), ("#b", "line 2: '1,5' in column b"), ("#when", "'x' in column when")):
+    for column, words in (
+        ("", "column 4 is empty; another is chosen by"),
+        ("#b", "line 2: '1,5' in column b"),
+        ("#when", "'x' in column when"),
+    ):
         assert words in refusal(modrwkv.read_series, f"{path}{column}")
     assert "no numbers" in refusal(modrwkv.read_series, [None, math.nan])
 
@@ -1314,7 +1598,10 @@ def test_pictures_stand_where_they_were_put(model):
     vectors = {id(s): model.adapter["image"](model.encoder["image"]([s[1]]))[0] for s in (A, B)}
     vectors |= {id(s): model.emb.weight[torch.tensor(s[1])] for s in (t1, t2)}
     before, after = [text("ab"), B], [A, text("c")]
-    batches = [[before, segments, after] for segments in ([A, t1, B, t2], [B, t1, A, t2], [t1, A, B, t2], [t2, t1, B, A], [A, A, t1])]
+    batches = [
+        [before, segments, after]
+        for segments in ([A, t1, B, t2], [B, t1, A, t2], [t1, A, B, t2], [t2, t1, B, A], [A, A, t1])
+    ]
     for batch in [*batches, [[A], [B]]]:  # the last one has no text
         x, _, lengths, _ = model.fuse(batch)
         want = torch.cat([vectors[id(s)] for s in batch[1]])
@@ -1355,9 +1642,14 @@ def test_a_window_learns_only_what_lies_ahead(model, n, gaps, seed):
     x[0], x[-1] = 0, n - 1
     for draw in (None, random.Random(seed)):
         [(kind, (points, targets))] = model.window(x, draw)
-        assert kind == "forecast" and points.shape == (2, 48) and targets.shape == (12, 12)  # Conv1D (6, 4) leaves 12 vectors
+        assert (
+            kind == "forecast" and points.shape == (2, 48) and targets.shape == (12, 12)
+        )  # Conv1D (6, 4) leaves 12 vectors
         learned = (~targets.isnan()).any(1)
-        assert train.learned_tokens([(kind, (points, targets))]) == learned.sum() and model.length([(kind, (points, targets))]) == 12
+        assert (
+            train.learned_tokens([(kind, (points, targets))]) == learned.sum()
+            and model.length([(kind, (points, targets))]) == 12
+        )
         if draw is None:
             assert not learned[:-1].any() and learned[-1] == bool(x[-12:].isfinite().any() and n > 12)
         if gaps == 0 and n >= 60:  # value = (point - mean) / deviation with the same two for all: points are places
@@ -1365,7 +1657,9 @@ def test_a_window_learns_only_what_lies_ahead(model, n, gaps, seed):
             for j, row in enumerate(targets):
                 for i in range(12):
                     if not row[i].isnan() and abs(row[i]) < 9.9:
-                        assert place(row[i]).item() == pytest.approx(4 * j + 3 + i + 1, abs=0.5)  # vector j ends on point 4 j + 3
+                        assert place(row[i]).item() == pytest.approx(
+                            4 * j + 3 + i + 1, abs=0.5
+                        )  # vector j ends on point 4 j + 3
             assert (draw is None) or learned[-1]
             assert not targets[learned].isnan().any()
 
@@ -1381,7 +1675,9 @@ def test_what_is_ahead_changes_nothing_that_a_forecast_is_made_from(model):
         learned = model.hidden(model.fuse([[("series", points)]])[0])[0][:, -1]
         ahead = model.forecast([x[: n - 12]])[0]
         _, mean, deviation = modrwkv.normalise(x[max(0, n - 60) : n - 12], scale=x[: n - 12].std(correction=0))
-        assert distance(model.forecast_head(learned)[0] * deviation + mean, ahead) < 1e-5  # as it is used is as it learns
+        assert (
+            distance(model.forecast_head(learned)[0] * deviation + mean, ahead) < 1e-5
+        )  # as it is used is as it learns
 
 
 def test_a_forecast_record_may_have_its_past_beside_it(model, tmp_path):
@@ -1407,7 +1703,9 @@ def test_the_loss_of_forecasts_and_answers_together(model):
     assert len(errors) == sum(map(train.learned_tokens, windows)) > 6
     assert model.loss(windows).item() == pytest.approx(np.mean(errors), rel=1e-6)
     answer = 3 * model.loss([words]).item()
-    assert model.loss([words, *windows]).item() == pytest.approx((answer + np.sum(errors)) / (3 + len(errors)), rel=1e-6)
+    assert model.loss([words, *windows]).item() == pytest.approx(
+        (answer + np.sum(errors)) / (3 + len(errors)), rel=1e-6
+    )
     first = errors[: train.learned_tokens(windows[0])]
     want = (answer / 3 + np.mean(first)) / 2
     assert model.loss([windows[0], words], reduction="sample").item() == pytest.approx(want, rel=1e-6)
@@ -1425,7 +1723,10 @@ def test_a_forecast_is_in_the_units_of_its_series(model):
     assert (model.forecast([torch.full((60,), 7.0)]) - 7).abs().max() < 20  # of a constant, nothing blows up
     fresh = ModRWKV(SMALL).forecast([x])[0]
     assert distance(fresh, x[-48:].mean().expand(12)) < 1e-9  # what has learned nothing gives the mean
-    for refuse in (lambda: ModRWKV(dataclasses.replace(SMALL, series_encoder="none")).forecast([x]), lambda: ModRWKV(Config()).window(x)):
+    for refuse in (
+        lambda: ModRWKV(dataclasses.replace(SMALL, series_encoder="none")).forecast([x]),
+        lambda: ModRWKV(Config()).window(x),
+    ):
         assert "series encoder" in refusal(refuse)
 
 
@@ -1460,7 +1761,9 @@ def make_sample(plan, seed):
     """Segments of a plan [(kind, size)], a few tokens at its end."""
     rng = np.random.RandomState(seed % 2**32)
     signal = {"image": picture, "audio": sound, "series": series}
-    make = lambda kind, n: signal[kind](rng.randint(2**31), n) if kind in signal else (kind, rng.randint(0, 257, n).tolist())
+    make = lambda kind, n: (
+        signal[kind](rng.randint(2**31), n) if kind in signal else (kind, rng.randint(0, 257, n).tolist())
+    )
     return [make(kind, n) for kind, n in plan + [("text", 2)]]
 
 
@@ -1525,20 +1828,38 @@ def test_greedy_is_the_argmax_of_full_passes(model, how, monkeypatch):
     assert len(set(map(int, picked))) > 2
 
 
-@pytest.mark.parametrize("tokens,how,pieces,read", [
-    (codes("a\nb\n\nc"), {}, ["a", "", "\nb", "", ""], codes("a\nb\n\n")),  # what may be the start of the end is held back
-    (codes("\n\n"), {}, ["", ""], codes("\n\n")),
-    ([98, 257, 99], {}, ["a", ""], [98, 257]),
-    (codes("a\n") + [0], {}, ["a", "", "\n"], codes("a\n") + [257]),
-    ([0], {}, [""], [257]),
-    (codes("aaa"), {"max_new_tokens": 3}, ["a", "a", "a"], codes("aaa") + [257]),
-    (codes("a\n"), {"max_new_tokens": 2}, ["a", "\n"], codes("a\n") + [257]),
-    (codes("a\n\nb") + [0], {"end": None}, ["a", "\n", "\n", "b", ""], codes("a\n\nb")),
-    (codes("a\n\nb"), {"end": None, "max_new_tokens": 4}, ["a", "\n", "\n", "b"], codes("a\n\nb")),
-    (codes("é中🙂") + [0], {}, ["", "é", "", "", "中", "", "", "", "🙂", ""], codes("é中🙂") + [257]),  # no character is split
-    (codes(b"\xe4\xb8a") + [0], {}, ["", "", "\ufffda", ""], codes(b"\xe4\xb8a") + [257]),
-    (codes("ab中"), {"max_new_tokens": 4}, ["a", "b", "", "\ufffd"], codes("ab中")[:4] + [257]),  # there is no more to wait for
-])
+@pytest.mark.parametrize(
+    "tokens,how,pieces,read",
+    [
+        (
+            codes("a\nb\n\nc"),
+            {},
+            ["a", "", "\nb", "", ""],
+            codes("a\nb\n\n"),
+        ),  # what may be the start of the end is held back
+        (codes("\n\n"), {}, ["", ""], codes("\n\n")),
+        ([98, 257, 99], {}, ["a", ""], [98, 257]),
+        (codes("a\n") + [0], {}, ["a", "", "\n"], codes("a\n") + [257]),
+        ([0], {}, [""], [257]),
+        (codes("aaa"), {"max_new_tokens": 3}, ["a", "a", "a"], codes("aaa") + [257]),
+        (codes("a\n"), {"max_new_tokens": 2}, ["a", "\n"], codes("a\n") + [257]),
+        (codes("a\n\nb") + [0], {"end": None}, ["a", "\n", "\n", "b", ""], codes("a\n\nb")),
+        (codes("a\n\nb"), {"end": None, "max_new_tokens": 4}, ["a", "\n", "\n", "b"], codes("a\n\nb")),
+        (
+            codes("é中🙂") + [0],
+            {},
+            ["", "é", "", "", "中", "", "", "", "🙂", ""],
+            codes("é中🙂") + [257],
+        ),  # no character is split
+        (codes(b"\xe4\xb8a") + [0], {}, ["", "", "\ufffda", ""], codes(b"\xe4\xb8a") + [257]),
+        (
+            codes("ab中"),
+            {"max_new_tokens": 4},
+            ["a", "b", "", "\ufffd"],
+            codes("ab中")[:4] + [257],
+        ),  # there is no more to wait for
+    ],
+)
 @torch.no_grad()
 def test_an_answer_its_end_and_the_state_after_it(model, monkeypatch, tokens, how, pieces, read):
     """Of tokens that the model gives; `read` is what the state has seen."""
@@ -1569,10 +1890,19 @@ def test_end_inside_longer_tokens(tmp_path, monkeypatch):
 
 P = [0.1, 0.5, 0.15, 0.25]
 FIRST, TWO = [0, 1, 0, 0], [0, 2 / 3, 0, 1 / 3]
-CHOICES = [({}, P), ({"temperature": 0.5}, np.square(P) / np.square(P).sum()), ({"temperature": 2.0}, np.sqrt(P) / np.sqrt(P).sum())]
+CHOICES = [
+    ({}, P),
+    ({"temperature": 0.5}, np.square(P) / np.square(P).sum()),
+    ({"temperature": 2.0}, np.sqrt(P) / np.sqrt(P).sum()),
+]
 CHOICES += [({"temperature": 0.0}, FIRST), ({"temperature": 1e-9}, FIRST), ({"temperature": 5.0, "top_k": 1}, FIRST)]
 CHOICES += [({"top_k": 2}, TWO), ({"top_k": 100}, P), ({"top_k": 3, "top_p": 0.7}, TWO)]
-CHOICES += [({"top_p": 0.0}, FIRST), ({"top_p": 0.4}, FIRST), ({"top_p": 0.6}, TWO), ({"top_p": 0.8}, [0, 5 / 9, 1.5 / 9, 2.5 / 9])]
+CHOICES += [
+    ({"top_p": 0.0}, FIRST),
+    ({"top_p": 0.4}, FIRST),
+    ({"top_p": 0.6}, TWO),
+    ({"top_p": 0.8}, [0, 5 / 9, 1.5 / 9, 2.5 / 9]),
+]
 
 
 @pytest.mark.parametrize("how,want", CHOICES, ids=str)
@@ -1663,8 +1993,11 @@ def test_layers_read_pictures_in_turns(rwkv, scan):
 
 @trials(15)
 @given(
-    rwkv=st.sampled_from([5, 6, 7]), scan=st.sampled_from(["uni", "bi", "multi"]), kernel=st.sampled_from([0, 3]),
-    plans=st.lists(st.lists(st.sampled_from([1, 2, 3, -1, -3]), min_size=1, max_size=4), min_size=1, max_size=3), seed=SEEDS,
+    rwkv=st.sampled_from([5, 6, 7]),
+    scan=st.sampled_from(["uni", "bi", "multi"]),
+    kernel=st.sampled_from([0, 3]),
+    plans=st.lists(st.lists(st.sampled_from([1, 2, 3, -1, -3]), min_size=1, max_size=4), min_size=1, max_size=3),
+    seed=SEEDS,
 )
 @torch.no_grad()
 def test_prefill_and_decoding_are_the_full_pass(rwkv, scan, kernel, plans, seed):
@@ -1672,7 +2005,9 @@ def test_prefill_and_decoding_are_the_full_pass(rwkv, scan, kernel, plans, seed)
     model = SCANNERS(rwkv, scan, kernel)
     samples = []
     for i, plan in enumerate(plans):
-        samples.append([picture(seed % 1000 + j, n) if n > 0 else text("xyz"[: -n]) for j, n in enumerate(plan)] + [text("end")])
+        samples.append(
+            [picture(seed % 1000 + j, n) if n > 0 else text("xyz"[:-n]) for j, n in enumerate(plan)] + [text("end")]
+        )
     batched, batch_state = model(samples)
     for i, segments in enumerate(samples):
         whole, state = model([segments])
@@ -1692,13 +2027,28 @@ def test_prefill_and_decoding_are_the_full_pass(rwkv, scan, kernel, plans, seed)
             assert all(distance(x, y) < 1e-6 for x, y in zip(got, want))
 
 
-@pytest.mark.parametrize("style,want", [
-    ("written", "User: Look:\n<image>\nWhat is it?\n\nAssistant:[ A cat.\n\n]User: Which colour?\n\nAssistant:[ Grey.\n\n]"),
-    ("first", "User: <image>\nLook:\n\nWhat is it?\n\nAssistant:[ A cat.\n\n]User: Which colour?\n\nAssistant:[ Grey.\n\n]"),
-    ("last", "User: Look:\n\nWhat is it?\n<image>\n\nAssistant:[ A cat.\n\n]User: Which colour?\n\nAssistant:[ Grey.\n\n]"),
-    ("sandwich", "User: Look:\n\nWhat is it?\nWhich colour?\n<image>\nLook:\n\nWhat is it?\n\nAssistant:[ A cat.\n\n]"
-     "User: Which colour?\n\nAssistant:[ Grey.\n\n]"),
-])
+@pytest.mark.parametrize(
+    "style,want",
+    [
+        (
+            "written",
+            "User: Look:\n<image>\nWhat is it?\n\nAssistant:[ A cat.\n\n]User: Which colour?\n\nAssistant:[ Grey.\n\n]",
+        ),
+        (
+            "first",
+            "User: <image>\nLook:\n\nWhat is it?\n\nAssistant:[ A cat.\n\n]User: Which colour?\n\nAssistant:[ Grey.\n\n]",
+        ),
+        (
+            "last",
+            "User: Look:\n\nWhat is it?\n<image>\n\nAssistant:[ A cat.\n\n]User: Which colour?\n\nAssistant:[ Grey.\n\n]",
+        ),
+        (
+            "sandwich",
+            "User: Look:\n\nWhat is it?\nWhich colour?\n<image>\nLook:\n\nWhat is it?\n\nAssistant:[ A cat.\n\n]"
+            "User: Which colour?\n\nAssistant:[ Grey.\n\n]",
+        ),
+    ],
+)
 def test_prompt_styles(style, want):
     turns = [("Look:\n<image>\nWhat is it?", "A cat."), ("Which colour?", "Grey.")]
     want = want.replace("Look:\n\nWhat", "Look:\nWhat")  # an empty line would end the turn
@@ -1708,9 +2058,14 @@ def test_prompt_styles(style, want):
 
 def test_prompt_styles_of_several_pictures_and_short_answers():
     config = lambda style: dataclasses.replace(SMALL, prompt_style=style)
-    ask = lambda style, *turns: spell(conversation(config(style), [(q, None) for q in turns], iter([picture(i) for i in range(2)])))
+    ask = lambda style, *turns: spell(
+        conversation(config(style), [(q, None) for q in turns], iter([picture(i) for i in range(2)]))
+    )
     short = "Answer the question using a single word or phrase."
-    assert ask("sandwich", f"<image>\nSame as <image>?\n{short}") == f"User: Same as ?\n<image>\n<image>\nSame as ?\n{short}\n\nAssistant:"
+    assert (
+        ask("sandwich", f"<image>\nSame as <image>?\n{short}")
+        == f"User: Same as ?\n<image>\n<image>\nSame as ?\n{short}\n\nAssistant:"
+    )
     assert ask("first", "Same as <image> or <image>?") == "User: <image>\n<image>\nSame as  or ?\n\nAssistant:"
     assert ask("sandwich", "No picture?") == "User: No picture?\n\nAssistant:"
 
@@ -1719,9 +2074,18 @@ def test_prompt_styles_of_several_pictures_and_short_answers():
 @pytest.mark.parametrize("scan", ["uni", "multi"])
 def test_blocks_that_run_twice_learn_the_same(rwkv, scan):
     """Activation checkpointing, with pictures that layers reorder, samples of unequal length and a forecast in one batch."""
-    model = randomise(ModRWKV(dataclasses.replace(SMALL, rwkv=rwkv, scan=scan, n_layer=4, adapter_scale=1))).double().train()
-    samples = [[text("ab"), picture(1, 4), ("answer", codes("cd"))], [("answer", codes("a longer one, without a picture"))]]
-    samples.append(model.window(torch.randn(90, generator=torch.Generator().manual_seed(1)).double(), random.Random(1))[:1])
+    model = (
+        randomise(ModRWKV(dataclasses.replace(SMALL, rwkv=rwkv, scan=scan, n_layer=4, adapter_scale=1)))
+        .double()
+        .train()
+    )
+    samples = [
+        [text("ab"), picture(1, 4), ("answer", codes("cd"))],
+        [("answer", codes("a longer one, without a picture"))],
+    ]
+    samples.append(
+        model.window(torch.randn(90, generator=torch.Generator().manual_seed(1)).double(), random.Random(1))[:1]
+    )
     found, sizes = [], []
     for model.checkpoint_activations in (False, True):
         kept = {}  # of storages, what autograd keeps between the passes
@@ -1730,8 +2094,14 @@ def test_blocks_that_run_twice_learn_the_same(rwkv, scan):
             loss = model.loss(samples)
         model.zero_grad()
         loss.backward()
-        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None} | {"loss": loss.detach()})
-        sizes.append(sum(kept.values()) - sum(p.untyped_storage().nbytes() for p in model.parameters() if p.untyped_storage().data_ptr() in kept))
+        found.append(
+            {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+            | {"loss": loss.detach()}
+        )
+        sizes.append(
+            sum(kept.values())
+            - sum(p.untyped_storage().nbytes() for p in model.parameters() if p.untyped_storage().data_ptr() in kept)
+        )
     assert found[0].keys() == found[1].keys() and len(found[0]) > 100
     assert all(torch.equal(found[1][name], x) for name, x in found[0].items())
     assert sizes[1] < sizes[0] / 4
@@ -1760,20 +2130,29 @@ print(resident("VmHWM") - before, train.step_memory(model, samples, False))
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what the process has is what it uses where malloc gives back at once")
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="what the process has is what it uses where malloc gives back at once"
+)
 @pytest.mark.parametrize("again", [False, True])
-@pytest.mark.parametrize("sizes", [dict(n_layer=6, n_embd=256), dict(n_layer=2, n_embd=768), dict(n_layer=4, n_embd=256, rwkv=6)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [dict(n_layer=6, n_embd=256), dict(n_layer=2, n_embd=768), dict(n_layer=4, n_embd=256, rwkv=6)], ids=str
+)
 def test_memory_is_what_the_process_takes(sizes, again):
     """Within an eighth of what the kernel of the system counts, in a process of its own."""
     env = ENV | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", RESIDENT, str(sizes), str(again)], cwd=REPO, env=env, text=True, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-c", RESIDENT, str(sizes), str(again)], cwd=REPO, env=env, text=True, capture_output=True
+    )
     taken, told = map(int, done.stdout.split())
     assert told == pytest.approx(taken, rel=1 / 8) and taken > 1e8, done.stderr
 
 
 def test_memory_counts_weights_gradients_and_moments(model):
     """What micro-batches add, and shards and frozen parameters take away."""
-    model, told = copy.deepcopy(model).float(), lambda *how: train.step_memory(model, [[("answer", codes("ab"))]], False, *how)
+    model, told = (
+        copy.deepcopy(model).float(),
+        lambda *how: train.step_memory(model, [[("answer", codes("ab"))]], False, *how),
+    )
     size = 4 * sum(p.numel() for p in model.parameters())
     whole, shared = told(1, True), told(2)
     assert whole - shared == pytest.approx(2 * size, rel=1e-4)  # half of four
@@ -1790,16 +2169,23 @@ def test_loss_reductions_and_l2wrap(model):
     learned = ((logits[0, 1:5], "cdef"), (logits[1, 0:1], "b"))
     ce = [F.cross_entropy(z.float(), torch.tensor(codes(string)), reduction="none") for z, string in learned]
     assert model.loss(samples).item() == pytest.approx(torch.cat(ce).mean().item(), rel=1e-5)
-    assert model.loss(samples, reduction="sample").item() == pytest.approx((ce[0].mean() + ce[1].mean()).item() / 2, rel=1e-5)
+    assert model.loss(samples, reduction="sample").item() == pytest.approx(
+        (ce[0].mean() + ce[1].mean()).item() / 2, rel=1e-5
+    )
     assert model.loss(samples, 7, "sample").item() == pytest.approx((ce[0].mean() + ce[1].mean()).item() / 7, rel=1e-5)
     largest = torch.cat([logits[0, 1:5], logits[1, 0:1]]).float().max(-1).values
     wrap = (model.loss(samples, l2wrap=0.1) - model.loss(samples)).item()
     assert wrap == pytest.approx((0.05 * largest**2).mean().item(), rel=1e-3)
 
 
-@pytest.mark.parametrize("names,frozen", [
-    ("emb", ["emb.weight"]), ("blocks.0", ["blocks.0.att.r_k", "blocks.0.ln0.weight"]), ("adapter,head", ["adapter.image.conv.weight", "head.weight"]),
-])
+@pytest.mark.parametrize(
+    "names,frozen",
+    [
+        ("emb", ["emb.weight"]),
+        ("blocks.0", ["blocks.0.att.r_k", "blocks.0.ln0.weight"]),
+        ("adapter,head", ["adapter.image.conv.weight", "head.weight"]),
+    ],
+)
 def test_freezing_by_name(names, frozen):
     model = ModRWKV(SMALL)
     modrwkv.freeze(model, "all", names)
@@ -1815,7 +2201,11 @@ def test_freezing_by_name(names, frozen):
 @pytest.fixture
 def checkpoint(tmp_path):
     """(path, model) of a checkpoint of ours, adapter and encoder in it."""
-    model = randomise(ModRWKV(Config(n_layer=2, n_embd=48, head_size=16, template="v2", conv_kernel=4, conv_stride=3, image_trim=False)))
+    model = randomise(
+        ModRWKV(
+            Config(n_layer=2, n_embd=48, head_size=16, template="v2", conv_kernel=4, conv_stride=3, image_trim=False)
+        )
+    )
     save(tmp_path / "ckpt.pt", model, step=7)
     return tmp_path / "ckpt.pt", model
 
@@ -1835,10 +2225,15 @@ def test_saved_and_loaded_is_the_same(checkpoint):
         assert str(path) in refusal(load, path)
 
 
-FULL, UNOPENED = OSError(28, "No space left on device"), RuntimeError("enforce fail: file not opened")  # the second is torch's
+FULL, UNOPENED = (
+    OSError(28, "No space left on device"),
+    RuntimeError("enforce fail: file not opened"),
+)  # the second is torch's
 
 
-@pytest.mark.parametrize("broken,error", [("os.fsync", FULL), ("torch.save", FULL), ("torch.save", UNOPENED), ("os.replace", FULL)])
+@pytest.mark.parametrize(
+    "broken,error", [("os.fsync", FULL), ("torch.save", FULL), ("torch.save", UNOPENED), ("os.replace", FULL)]
+)
 def test_a_failing_save_leaves_what_was_there(checkpoint, monkeypatch, broken, error):
     path, model = checkpoint
     before = path.read_bytes()
@@ -1853,9 +2248,20 @@ def test_a_failing_save_leaves_what_was_there(checkpoint, monkeypatch, broken, e
     assert path.read_bytes() != before
 
 
-RWKV4 = {name: torch.ones(9, 8) for name in ("emb.weight", "head.weight", "blocks.0.ffn.key.weight", "blocks.0.att.time_decay")}
-ELSEWHERE = [([1, 2], "no model"), (torch.ones(3), "no model"), ({"state_dict": {}}, "elsewhere"), (RWKV4, "blocks.0.att.r_k")]
-ELSEWHERE += [({"model": {"wte": torch.ones(2, 2)}, "config": {}}, "emb.weight"), ({"model": torch.ones(2), "config": {}}, "elsewhere")]
+RWKV4 = {
+    name: torch.ones(9, 8)
+    for name in ("emb.weight", "head.weight", "blocks.0.ffn.key.weight", "blocks.0.att.time_decay")
+}
+ELSEWHERE = [
+    ([1, 2], "no model"),
+    (torch.ones(3), "no model"),
+    ({"state_dict": {}}, "elsewhere"),
+    (RWKV4, "blocks.0.att.r_k"),
+]
+ELSEWHERE += [
+    ({"model": {"wte": torch.ones(2, 2)}, "config": {}}, "emb.weight"),
+    ({"model": torch.ones(2), "config": {}}, "elsewhere"),
+]
 
 
 @pytest.mark.parametrize("content,reason", ELSEWHERE)
@@ -1865,13 +2271,31 @@ def test_checkpoints_from_elsewhere(tmp_path, content, reason):
     assert str(tmp_path / "x.pt") in message and reason in message
 
 
-SIZED = ["emb.weight", "blocks.0.att.r_k", "blocks.0.att.w1", "blocks.0.ffn.key.weight"]  # where a model's sizes are read off
+SIZED = [
+    "emb.weight",
+    "blocks.0.att.r_k",
+    "blocks.0.att.w1",
+    "blocks.0.ffn.key.weight",
+]  # where a model's sizes are read off
 NARROW = ["blocks.0.att.g1", "blocks.0.att.a1", "blocks.1.att.v1"]
 MATRICES = ["head.weight", "blocks.1.att.w2", "blocks.1.ffn.value.weight", "adapter.image.mlp.0.weight"]
 VECTORS = ["blocks.0.att.x_r", "blocks.0.att.ln_x.weight", "ln_out.bias"]
-LOST = ["head.weight", "blocks.0.ln0.weight", "blocks.0.att.a1", "blocks.0.att.g2", "blocks.1.att.v1", "blocks.1.att.v0"]
+LOST = [
+    "head.weight",
+    "blocks.0.ln0.weight",
+    "blocks.0.att.a1",
+    "blocks.0.att.g2",
+    "blocks.1.att.v1",
+    "blocks.1.att.v0",
+]
 LOST += ["blocks.1.att.key.weight", "adapter.image.conv.weight", "encoder.image.proj.bias"]
-ADDED = ["blocks.0.att.time_decay", "blocks.1.att.qkv.weight", "blocks.0.ffn.s_emb.weight", "adapter.image.extra", "foo"]
+ADDED = [
+    "blocks.0.att.time_decay",
+    "blocks.1.att.qkv.weight",
+    "blocks.0.ffn.s_emb.weight",
+    "adapter.image.extra",
+    "foo",
+]
 CHANGES = {
     "missing": (lambda x: None, SIZED + LOST),
     "too much": (lambda x: torch.ones(3), ADDED),
@@ -1930,7 +2354,11 @@ def fla_names(weights):
         else:
             long = {"receptance": "r_proj", "key": "k_proj", "value": "v_proj", "output": "o_proj", "ln_x": "g_norm"}
             head, _, tail = rest.partition(".")
-            part, rest, x = "attn", f"{long.get(head, head)}.{tail}".rstrip("."), x.flatten() if head in ("k_k", "k_a") else x
+            part, rest, x = (
+                "attn",
+                f"{long.get(head, head)}.{tail}".rstrip("."),
+                x.flatten() if head in ("k_k", "k_a") else x,
+            )
         z[f"model.layers.{i}.{part}.{rest}"] = x.contiguous()
     return z
 
@@ -1939,14 +2367,24 @@ def mlp(C, scale, width, first, norm=True, seed=3):
     """Random tensors of ModRWKV's adapter; `first`: what its mlp is called."""
     g = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(*shape, generator=g) / shape[-1] ** 0.5
-    z = {f"{first}.0.weight": normal(scale * C, width), f"{first}.0.bias": normal(scale * C), f"{first}.2.weight": normal(C, scale * C)}
-    return z | {f"{first}.2.bias": normal(C)} | ({"pre_norm.weight": normal(C), "pre_norm.bias": normal(C)} if norm else {})
+    z = {
+        f"{first}.0.weight": normal(scale * C, width),
+        f"{first}.0.bias": normal(scale * C),
+        f"{first}.2.weight": normal(C, scale * C),
+    }
+    return (
+        z
+        | {f"{first}.2.bias": normal(C)}
+        | ({"pre_norm.weight": normal(C), "pre_norm.bias": normal(C)} if norm else {})
+    )
 
 
 under = lambda prefix, z: {prefix + name: x for name, x in z.items()}
 ones = lambda *names: {name: torch.ones(2) for name in names}
 layer = lambda x, z, name: x @ z[f"{name}.weight"].T + z[f"{name}.bias"]
-norm = lambda y, weight, bias: (y - y.mean(1, keepdim=True)) / (y.var(1, correction=0, keepdim=True) + 1e-5).sqrt() * weight + bias
+norm = lambda y, weight, bias: (
+    (y - y.mean(1, keepdim=True)) / (y.var(1, correction=0, keepdim=True) + 1e-5).sqrt() * weight + bias
+)
 
 
 def vision_adapter(z, x, first):
@@ -1956,46 +2394,91 @@ def vision_adapter(z, x, first):
 
 def speech_adapter(z, x):
     x = torch.cat([torch.zeros(2, x.shape[1]), x, torch.zeros(2, x.shape[1])])
-    x = torch.stack([sum(z["conv.weight"][:, :, j] @ x[i + j] for j in range(3)) for i in range(0, len(x) - 2, 2)]) + z["conv.bias"]
+    x = (
+        torch.stack([sum(z["conv.weight"][:, :, j] @ x[i + j] for j in range(3)) for i in range(0, len(x) - 2, 2)])
+        + z["conv.bias"]
+    )
     return layer(layer(x, z, "proj.0").clamp(min=0), z, "proj.2")
 
 
 C_, WIDTH = 128, 24
-V1, V2, V3 = dict(template="v1", prompt_style="before"), dict(template="v2", prompt_style="before"), dict(template="v3", prompt_style="tagged")
+V1, V2, V3 = (
+    dict(template="v1", prompt_style="before"),
+    dict(template="v2", prompt_style="before"),
+    dict(template="v3", prompt_style="tagged"),
+)
 SIGLIP, MLP = dict(image_encoder="siglip", conv_kernel=0), mlp(C_, 2, WIDTH, "mlp")
-SPEECH = under("adapter.", mlp(C_, 2, 2 * C_, "proj", norm=False) | {"conv.weight": torch.randn(2 * C_, WIDTH, 3), "conv.bias": torch.randn(2 * C_)})
-GATED = {"gate.weight": torch.randn(WIDTH, WIDTH), "o_proj.weight": torch.randn(C_, WIDTH), "ln_v.weight": torch.randn(C_), "ln_v.bias": torch.randn(C_)}
+SPEECH = under(
+    "adapter.",
+    mlp(C_, 2, 2 * C_, "proj", norm=False)
+    | {"conv.weight": torch.randn(2 * C_, WIDTH, 3), "conv.bias": torch.randn(2 * C_)},
+)
+GATED = {
+    "gate.weight": torch.randn(WIDTH, WIDTH),
+    "o_proj.weight": torch.randn(C_, WIDTH),
+    "ln_v.weight": torch.randn(C_),
+    "ln_v.bias": torch.randn(C_),
+}
 FLAT, PROJ, FOUR = mlp(C_, 2, WIDTH, "proj"), torch.randn(C_, WIDTH), mlp(C_, 4, WIDTH, "mlp")
 RELEASED = {  # layout: generation, the file of an official one's tensors, what the config says, and the adapter's formula
     "BlinkDL": (7, dict, dict(image_encoder="none"), None),
     "fla": (7, fla_names, dict(image_encoder="none"), None),
     "WorldRWKV, pictures": (
-        7, lambda z: z | under("modality.world_encoder.", under("adapter.", FLAT) | ones("model.x", "model.y.z")),
-        SIGLIP | V1 | dict(adapter_scale=2), lambda x: vision_adapter(FLAT, x, "proj"),
+        7,
+        lambda z: z | under("modality.world_encoder.", under("adapter.", FLAT) | ones("model.x", "model.y.z")),
+        SIGLIP | V1 | dict(adapter_scale=2),
+        lambda x: vision_adapter(FLAT, x, "proj"),
     ),
     "WorldRWKV, pictures, July 2025": (
-        7, lambda z: z | under("modality.world_encoder.adapter.", FOUR), SIGLIP | V2 | dict(adapter_scale=4), lambda x: vision_adapter(FOUR, x, "mlp"),
+        7,
+        lambda z: z | under("modality.world_encoder.adapter.", FOUR),
+        SIGLIP | V2 | dict(adapter_scale=4),
+        lambda x: vision_adapter(FOUR, x, "mlp"),
     ),
     "WorldRWKV, speech": (
-        7, lambda z: z | under("modality.world_encoder.", SPEECH | ones("model.x")), dict(image_encoder="none", audio_encoder="wavlm", adapter_scale=2) | V1,
+        7,
+        lambda z: z | under("modality.world_encoder.", SPEECH | ones("model.x")),
+        dict(image_encoder="none", audio_encoder="wavlm", adapter_scale=2) | V1,
         lambda x: speech_adapter({name[8:]: y for name, y in SPEECH.items()}, x),
     ),
     "WorldRWKV, August 2025": (
-        7, lambda z: under("llm.", z) | under("proj.", MLP) | ones("encoder.model.x"), SIGLIP | V3 | dict(adapter_scale=2),
+        7,
+        lambda z: under("llm.", z) | under("proj.", MLP) | ones("encoder.model.x"),
+        SIGLIP | V3 | dict(adapter_scale=2),
         lambda x: vision_adapter(MLP, x, "mlp"),
     ),
     "WorldRWKV, Hugging Face": (
-        7, lambda z: {re.sub("^model", "model.llm", name): x for name, x in fla_names(z).items()} | under("model.", under("proj.", MLP) | ones("encoder.x")),
-        SIGLIP | V3 | dict(adapter_scale=2), lambda x: vision_adapter(MLP, x, "mlp"),
+        7,
+        lambda z: (
+            {re.sub("^model", "model.llm", name): x for name, x in fla_names(z).items()}
+            | under("model.", under("proj.", MLP) | ones("encoder.x"))
+        ),
+        SIGLIP | V3 | dict(adapter_scale=2),
+        lambda x: vision_adapter(MLP, x, "mlp"),
     ),
     "VisualRWKV 6.0": (
-        6, lambda z: under("rwkv.", z) | {"proj.weight": PROJ} | ones("vit.vision_model.x"),
-        dict(image_encoder="clip", conv_kernel=0, adapter_kind="linear", prompt_style="sandwich", scan="bi", cls="last"), lambda x: x @ PROJ.T,
+        6,
+        lambda z: under("rwkv.", z) | {"proj.weight": PROJ} | ones("vit.vision_model.x"),
+        dict(
+            image_encoder="clip", conv_kernel=0, adapter_kind="linear", prompt_style="sandwich", scan="bi", cls="last"
+        ),
+        lambda x: x @ PROJ.T,
     ),
     "VisualRWKV 7.00": (
-        7, lambda z: under("rwkv.", z) | under("proj.", GATED) | ones("vit.dino_featurizer.x"),
-        dict(image_encoder="dinov2+siglip+sam", conv_kernel=0, adapter_kind="gated", prompt_style="first", encoder_width=WIDTH),
-        lambda x: norm((x / (1 + (-x @ GATED["gate.weight"].T).exp())) @ GATED["o_proj.weight"].T, GATED["ln_v.weight"], GATED["ln_v.bias"]),
+        7,
+        lambda z: under("rwkv.", z) | under("proj.", GATED) | ones("vit.dino_featurizer.x"),
+        dict(
+            image_encoder="dinov2+siglip+sam",
+            conv_kernel=0,
+            adapter_kind="gated",
+            prompt_style="first",
+            encoder_width=WIDTH,
+        ),
+        lambda x: norm(
+            (x / (1 + (-x @ GATED["gate.weight"].T).exp())) @ GATED["o_proj.weight"].T,
+            GATED["ln_v.weight"],
+            GATED["ln_v.bias"],
+        ),
     ),
 }
 
@@ -2045,7 +2528,11 @@ def test_released_layouts(layout, pretrained, official, official_before_7, tmp_p
     assert ("left out" in said) == any(x.shape == (2,) for x in torch.load(path).values()) and said.count("\n") <= 1
     assert ours.config == Config(**config, rwkv=rwkv, n_layer=2, n_embd=C_, tokenizer="rwkv_vocab_v20230424.txt")
     torch.save(weights, tmp_path / "official.pth")
-    theirs = official[0](str(tmp_path / "official"), "cpu fp32") if rwkv == 7 else official_before_7(str(tmp_path / "official"))
+    theirs = (
+        official[0](str(tmp_path / "official"), "cpu fp32")
+        if rwkv == 7
+        else official_before_7(str(tmp_path / "official"))
+    )
     assert_logits_agree(ours, theirs, torch.randint(300, (20,), generator=torch.Generator().manual_seed(7)))
     if formula:
         [kind] = ours.adapter
@@ -2053,10 +2540,18 @@ def test_released_layouts(layout, pretrained, official, official_before_7, tmp_p
         for x, got in zip(signals, ours.adapter[kind](signals)):
             assert distance(got, formula(x)) < 1e-5
         blind = load(path, template="v2", **{f"{kind}_encoder": "none"})
-        assert blind.config.template == "v2" and set(blind.state_dict()) == {name for name in ours.state_dict() if not name.startswith("adapter.")}
+        assert blind.config.template == "v2" and set(blind.state_dict()) == {
+            name for name in ours.state_dict() if not name.startswith("adapter.")
+        }
 
 
-TELLING = ("r_k", "time_faaaa", ".v1", "v_lora.lora.0.weight", "ffn.key.weight")  # sizes are read off them: what does not fit to one is named then
+TELLING = (
+    "r_k",
+    "time_faaaa",
+    ".v1",
+    "v_lora.lora.0.weight",
+    "ffn.key.weight",
+)  # sizes are read off them: what does not fit to one is named then
 TELLING += ("conv.bias", "gate.weight")  # and without these, it is another layout that the file does not fit
 
 
@@ -2067,15 +2562,21 @@ def test_released_files_that_do_not_fit(layout, pretrained, tmp_path, monkeypatc
     data = torch.load(path)
 
     def message(**more):
-        monkeypatch.setattr(modrwkv, "read_file", lambda path: {name: x for name, x in (data | more).items() if x is not None})
+        monkeypatch.setattr(
+            modrwkv, "read_file", lambda path: {name: x for name, x in (data | more).items() if x is not None}
+        )
         words = refusal(load, path)
         assert words.startswith(str(path))
         return words
 
     kinds = itertools.cycle((lambda x: None, lambda x: 5, lambda x: torch.ones(*x.shape[:-1], x.shape[-1] + 1)))
     for name, x in data.items():
-        if x.shape != (2,) and ".0." not in name.replace("mlp.0", "").replace("proj.0", ""):  # an encoder's are left out
-            alike = name.replace("adapter.mlp", "adapter.proj") if "July" in layout else name  # both were its name, at times
+        if x.shape != (2,) and ".0." not in name.replace("mlp.0", "").replace(
+            "proj.0", ""
+        ):  # an encoder's are left out
+            alike = (
+                name.replace("adapter.mlp", "adapter.proj") if "July" in layout else name
+            )  # both were its name, at times
             words = message(**{name: next(kinds)(x)})
             assert name in words or alike in words or name.endswith(TELLING)
     for more in ("foo", "blocks.0.ffn.s_emb.weight", "proj.more.weight", "blocks.1.att.qkv.weight"):
@@ -2100,16 +2601,27 @@ RELEASED_PROMPTS = {
 def test_released_models_are_asked_as_they_were_trained(layout, pretrained, tmp_path):
     config = dataclasses.replace(load(released(layout, tmp_path / "x.pth")[0]).config, tokenizer="bytes")
     tags = {(65530,): ("text", codes("{")), (65531,): ("text", codes("}"))}
-    segments = [tags.get(tuple(data), (kind, data)) if kind == "text" else (kind, data) for kind, data in conversation(config, QUESTION, iter([picture(0)]))]
+    segments = [
+        tags.get(tuple(data), (kind, data)) if kind == "text" else (kind, data)
+        for kind, data in conversation(config, QUESTION, iter([picture(0)]))
+    ]
     assert spell(segments) == RELEASED_PROMPTS[layout]
 
 
 def test_where_several_pictures_go_before_a_turn_and_in_tags():
-    ask = lambda style, *turns: conversation(dataclasses.replace(SMALL, template="v1", prompt_style=style), turns, iter([("image", "A"), ("image", "B")]))
+    ask = lambda style, *turns: conversation(
+        dataclasses.replace(SMALL, template="v1", prompt_style=style), turns, iter([("image", "A"), ("image", "B")])
+    )
     want = "<A><B>\x16User: Same as ?\x17Assistant:[ No.\x17]User: Why?\x17Assistant:"
     assert spell(ask("before", ("<image>Same as <image>?", "No."), ("Why?", None))) == want
-    assert spell(ask("before", ("A?", "No."), ("B <image>?", None))) == "\x16User: A?\x17Assistant:[ No.\x17]<A>User: B ?\x17Assistant:"
-    kinds = [(kind, data) if kind == "image" or data[0] > 9999 else kind for kind, data in ask("tagged", ("Is <image> like <image>?", None))]
+    assert (
+        spell(ask("before", ("A?", "No."), ("B <image>?", None)))
+        == "\x16User: A?\x17Assistant:[ No.\x17]<A>User: B ?\x17Assistant:"
+    )
+    kinds = [
+        (kind, data) if kind == "image" or data[0] > 9999 else kind
+        for kind, data in ask("tagged", ("Is <image> like <image>?", None))
+    ]
     open, close = ("text", [65530]), ("text", [65531])
     assert kinds == ["text", open, ("image", "A"), close, open, ("image", "B"), close, "text"]
 
@@ -2120,9 +2632,13 @@ def test_where_several_pictures_go_before_a_turn_and_in_tags():
 def test_the_vector_of_the_whole_picture_is_not_scanned(cls, scan, monkeypatch):
     """Against blocks that are given the patches turned round, and the other vectors where they are."""
     monkeypatch.setitem(modrwkv.ENCODERS["image"], "clip", type("Whole", (Pretrained,), {"cls": True}))
-    config = dataclasses.replace(SMALL, image_encoder="clip", adapter_kind="linear", conv_kernel=0, n_layer=4, scan=scan, cls=cls)
+    config = dataclasses.replace(
+        SMALL, image_encoder="clip", adapter_kind="linear", conv_kernel=0, n_layer=4, scan=scan, cls=cls
+    )
     model = randomise(ModRWKV(config)).double()
-    vectors = torch.randn(7, WIDTH, generator=torch.Generator().manual_seed(1)).double()  # the whole picture, then two rows of three patches
+    vectors = torch.randn(
+        7, WIDTH, generator=torch.Generator().manual_seed(1)
+    ).double()  # the whole picture, then two rows of three patches
     got, _ = model([[text("ab"), ("image", vectors), text("cd")]])
     whole, patches = (model.adapter["image"].o_proj(x) for x in vectors.split([1, 6]))
     before, after = (model.emb(torch.tensor(codes(string))) for string in ("ab", "cd"))
@@ -2138,9 +2654,13 @@ def test_the_vector_of_the_whole_picture_is_not_scanned(cls, scan, monkeypatch):
             v_first = torch.empty_like(v)
             v_first[:, order] = v
     assert distance(got, model.head(model.ln_out(x))) < 1e-9
-    config = dataclasses.replace(config, conv_kernel=2, conv_stride=2)  # windows end on the whole picture and the patches 1, 3, 5; or on 0, 2, 4 and it
+    config = dataclasses.replace(
+        config, conv_kernel=2, conv_stride=2
+    )  # windows end on the whole picture and the patches 1, 3, 5; or on 0, 2, 4 and it
     *_, orders = ModRWKV(config).double().fuse([[("image", vectors)]])
-    assert scan == "bi" or orders[2].tolist() == [[0, 2, 1, 3]]  # by columns: the patches 3, 1, 5 behind it; or 0, 4, 2 before it
+    assert scan == "bi" or orders[2].tolist() == [
+        [0, 2, 1, 3]
+    ]  # by columns: the patches 3, 1, 5 behind it; or 0, 4, 2 before it
 
 
 @pytest.mark.parametrize("kind,encoder", [("image", "clip"), ("audio", "microsoft/wavlm-large")])
@@ -2176,7 +2696,9 @@ def hf_folder(folder, weights, shards=1, **config):
 
 def test_folders_of_safetensors(pretrained, tmp_path):
     weights = {name: x.bfloat16() for name, x in official_weights(2, C_).items()}
-    want = {name: x.float() for name, x in weights.items() if not name.startswith("blocks.0.att.v") or name[-1] not in "012"}
+    want = {
+        name: x.float() for name, x in weights.items() if not name.startswith("blocks.0.att.v") or name[-1] not in "012"
+    }
     export = RELEASED["WorldRWKV, Hugging Face"][1](weights)
     for i, (z, shards) in enumerate(itertools.product((fla_names(weights), export), (1, 3))):
         folder = hf_folder(tmp_path / f"{i}", z, shards)
@@ -2215,7 +2737,9 @@ def test_flash_linear_attention_reads_what_is_converted_and_the_other_way_round(
     modrwkv.convert(tmp_path / "x.pth", tmp_path / "fla")
     theirs = rwkv7_hf.RWKV7ForCausalLM.from_pretrained(tmp_path / "fla").eval()
     tokens = torch.randint(300, (2, 30), generator=torch.Generator().manual_seed(7))
-    assert (load(tmp_path / "x.pth")(tokens)[0] - theirs(tokens).logits).abs()[:, 1:].max() < 1e-4  # the first token: see assert_logits_agree
+    assert (load(tmp_path / "x.pth")(tokens)[0] - theirs(tokens).logits).abs()[
+        :, 1:
+    ].max() < 1e-4  # the first token: see assert_logits_agree
     randomise(theirs, seed=5).save_pretrained(tmp_path / "saved")
     assert distance(load(tmp_path / "saved")(tokens)[0][:, 1:], theirs(tokens).logits[:, 1:]) < 1e-5
 
@@ -2235,9 +2759,18 @@ def test_conversions_change_no_bit(chain, n_layer, dtype, tmp_path):
     for source, target in itertools.pairwise(steps):
         modrwkv.convert(tmp_path / source, tmp_path / target)
     after = torch.load(tmp_path / "a.pth")
-    assert set(after) == {name for name in weights if not re.match(r"blocks\.0\.att\.v[012]", name)}  # which are unused there
-    assert all(x.dtype == weights[name].dtype and x.shape == weights[name].shape and torch.equal(bits(x), bits(weights[name])) for name, x in after.items())
-    assert all(f"{target} exists" in refusal(modrwkv.convert, tmp_path / "in.pth", tmp_path / target) for target in steps if target != "fla")
+    assert set(after) == {
+        name for name in weights if not re.match(r"blocks\.0\.att\.v[012]", name)
+    }  # which are unused there
+    assert all(
+        x.dtype == weights[name].dtype and x.shape == weights[name].shape and torch.equal(bits(x), bits(weights[name]))
+        for name, x in after.items()
+    )
+    assert all(
+        f"{target} exists" in refusal(modrwkv.convert, tmp_path / "in.pth", tmp_path / target)
+        for target in steps
+        if target != "fla"
+    )
 
 
 def test_convert_by_command(tmp_path):
@@ -2264,7 +2797,9 @@ def test_released_models_convert_to_ours(layout, pretrained, tmp_path, capsys):
     modrwkv.convert(path, tmp_path / "ckpt.pt")
     want, got = load(path), load(tmp_path)  # a folder of ours
     assert got.config == want.config
-    assert all(torch.equal(x, got.state_dict()[name]) for name, x in want.state_dict().items()) and len(got.state_dict()) == len(want.state_dict())
+    assert all(torch.equal(x, got.state_dict()[name]) for name, x in want.state_dict().items()) and len(
+        got.state_dict()
+    ) == len(want.state_dict())
     capsys.readouterr()
     modrwkv.convert(tmp_path / "ckpt.pt", tmp_path / "y.pth")
     assert "left out" in capsys.readouterr().err
@@ -2276,7 +2811,13 @@ def test_a_released_file_is_sampled_from_as_the_flags_say(tmp_path, monkeypatch)
     asked = Mock(side_effect=modrwkv.conversation)
     monkeypatch.setattr(modrwkv, "conversation", asked)
     own = {"tokenizer": "bytes", "template": "v3", "prompt_style": "last", "image_encoder": "none"}
-    said(sample.main, f"--out_dir={path}", "--prompt=Hi", "--max_new_tokens=2", *(f"--{name}={value}" for name, value in own.items()))
+    said(
+        sample.main,
+        f"--out_dir={path}",
+        "--prompt=Hi",
+        "--max_new_tokens=2",
+        *(f"--{name}={value}" for name, value in own.items()),
+    )
     config = dataclasses.asdict(asked.call_args.args[0])
     assert own.items() <= config.items() and config["adapter_scale"] == 2
 
@@ -2285,7 +2826,13 @@ def test_a_released_file_is_sampled_from_as_the_flags_say(tmp_path, monkeypatch)
 def test_training_starts_from_released_files(layout, pretrained, counting, tmp_path):
     path, _ = released(layout, tmp_path / "x.pth")
     eyes = {"image_encoder": "patch"} if layout == "fla" else {}
-    own = ("--n_embd=128", "--head_size=64", f"--rwkv={RELEASED[layout][0]}", "--tokenizer=bytes", *(f"--{name}={value}" for name, value in eyes.items()))
+    own = (
+        "--n_embd=128",
+        "--head_size=64",
+        f"--rwkv={RELEASED[layout][0]}",
+        "--tokenizer=bytes",
+        *(f"--{name}={value}" for name, value in eyes.items()),
+    )
     learn(tmp_path / "out", counting, f"--init_from={path}", *own, "--max_steps=1")
     before, after = load(path, tokenizer="bytes", **eyes), load(tmp_path / "out")
     assert after.config == before.config
@@ -2293,20 +2840,37 @@ def test_training_starts_from_released_files(layout, pretrained, counting, tmp_p
     assert names and all(0 < distance(after.state_dict()[name], before.state_dict()[name]) < 0.5 for name in names)
 
 
-RIGHT = {"": {}, "--seed=-2": {"seed": -2}, "--seed 4 --beta1 1e-3": {"seed": 4, "beta1": 1e-3}, "--beta1=1": {"beta1": 1.0}}
-RIGHT |= {"--data=": {"data": ""}, "--data='a=b c'": {"data": "a=b c"}, "--resume --seed=1": {"resume": True, "seed": 1}}
+RIGHT = {
+    "": {},
+    "--seed=-2": {"seed": -2},
+    "--seed 4 --beta1 1e-3": {"seed": 4, "beta1": 1e-3},
+    "--beta1=1": {"beta1": 1.0},
+}
+RIGHT |= {
+    "--data=": {"data": ""},
+    "--data='a=b c'": {"data": "a=b c"},
+    "--resume --seed=1": {"resume": True, "seed": 1},
+}
 RIGHT |= {"--resume=1": {"resume": True}, "--resume yes": {"resume": True}, "--resume=False": {"resume": False}}
 
 
 @pytest.mark.parametrize("line", RIGHT)
 def test_flags(line):
-    config, settings, names = sample.flags("about", Config, train.Train, argv=[*shlex.split(line), "--n_layer=5", "--image_trim=no"])
+    config, settings, names = sample.flags(
+        "about", Config, train.Train, argv=[*shlex.split(line), "--n_layer=5", "--image_trim=no"]
+    )
     assert settings == dataclasses.replace(train.Train(), **RIGHT[line])
     assert config == dataclasses.replace(Config(), n_layer=5, image_trim=False)
     assert names == {*RIGHT[line], "n_layer", "image_trim"}
 
 
-WRONG = {"--seed=four": "--seed four", "--beta1=x": "--beta1 x", "--resume=maybe": "--resume maybe", "--seed": "--seed", "stray": "stray"}
+WRONG = {
+    "--seed=four": "--seed four",
+    "--beta1=x": "--beta1 x",
+    "--resume=maybe": "--resume maybe",
+    "--seed": "--seed",
+    "stray": "stray",
+}
 WRONG |= {"--sede=4": "--sede --seed", "--n_layers 4": "--n_layers --n_layer", "--qwertz": "--qwertz"}
 WRONG |= {"--see=4": "--see --seed"}  # no abbreviations: a typo must not set something
 
@@ -2326,7 +2890,11 @@ def test_help_lists_every_flag(capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert e.value.code == 0 and "what it is about" in out
     for field in [field for cls in (Config, train.Train, odd) for field in dataclasses.fields(cls)]:
-        assert f"--{field.name} " in out and " ".join(field.metadata["help"].split()) in out and f"[{field.default}]" in out
+        assert (
+            f"--{field.name} " in out
+            and " ".join(field.metadata["help"].split()) in out
+            and f"[{field.default}]" in out
+        )
 
 
 # ---------------------------------------------------------------------------------------------- data sets
@@ -2345,10 +2913,31 @@ def folder_of(family, folder):
 
     small = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
     seen = small | dict(intermediate_size=64, patch_size=8)
-    waves = small | dict(conv_dim=(16,) * 7, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4, num_buckets=32, max_bucket_distance=64)
+    waves = small | dict(
+        conv_dim=(16,) * 7,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4,
+        num_buckets=32,
+        max_bucket_distance=64,
+    )
     stable = dict(feat_extract_norm="layer", do_stable_layer_norm=True)
-    ears = dict(vocab_size=64, num_mel_bins=16, d_model=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=32, decoder_layers=1)
-    ears |= dict(decoder_attention_heads=2, decoder_ffn_dim=32, max_source_positions=100, max_target_positions=8, pad_token_id=0, bos_token_id=1)
+    ears = dict(
+        vocab_size=64,
+        num_mel_bins=16,
+        d_model=16,
+        encoder_layers=1,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_layers=1,
+    )
+    ears |= dict(
+        decoder_attention_heads=2,
+        decoder_ffn_dim=32,
+        max_source_positions=100,
+        max_target_positions=8,
+        pad_token_id=0,
+        bos_token_id=1,
+    )
     ears |= dict(eos_token_id=2, decoder_start_token_id=3, begin_suppress_tokens=None)
     short = dict(size={"shortest_edge": 40}, crop_size={"height": 32, "width": 32})
     model, preparation = {
@@ -2357,15 +2946,38 @@ def folder_of(family, folder):
             lambda: hf.SiglipImageProcessorPil(size={"height": 32, "width": 32}),
         ),
         "siglip, both towers": (
-            lambda: hf.SiglipModel(hf.SiglipConfig(text_config=small | dict(vocab_size=64, intermediate_size=64), vision_config=seen | dict(image_size=32))),
+            lambda: hf.SiglipModel(
+                hf.SiglipConfig(
+                    text_config=small | dict(vocab_size=64, intermediate_size=64),
+                    vision_config=seen | dict(image_size=32),
+                )
+            ),
             lambda: hf.SiglipImageProcessorPil(size={"height": 32, "width": 32}, resample=2),
         ),
-        "clip": (lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**seen, image_size=32, projection_dim=16)), lambda: hf.CLIPImageProcessorPil(**short)),
-        "dinov2": (lambda: hf.Dinov2Model(hf.Dinov2Config(**small, patch_size=8, image_size=48, mlp_ratio=2)), lambda: hf.BitImageProcessorPil(**short)),
-        "dinov2, finer": (lambda: hf.Dinov2Model(hf.Dinov2Config(**small, patch_size=4, image_size=32, mlp_ratio=2)), lambda: hf.BitImageProcessorPil(**short)),
-        "wavlm": (lambda: hf.WavLMModel(hf.WavLMConfig(**waves)), lambda: hf.Wav2Vec2FeatureExtractor(do_normalize=False)),
-        "wavlm, large": (lambda: hf.WavLMModel(hf.WavLMConfig(**waves, **stable)), lambda: hf.Wav2Vec2FeatureExtractor(do_normalize=True)),
-        "whisper": (lambda: hf.WhisperModel(hf.WhisperConfig(**ears)), lambda: hf.WhisperFeatureExtractor(feature_size=16, chunk_length=2)),
+        "clip": (
+            lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**seen, image_size=32, projection_dim=16)),
+            lambda: hf.CLIPImageProcessorPil(**short),
+        ),
+        "dinov2": (
+            lambda: hf.Dinov2Model(hf.Dinov2Config(**small, patch_size=8, image_size=48, mlp_ratio=2)),
+            lambda: hf.BitImageProcessorPil(**short),
+        ),
+        "dinov2, finer": (
+            lambda: hf.Dinov2Model(hf.Dinov2Config(**small, patch_size=4, image_size=32, mlp_ratio=2)),
+            lambda: hf.BitImageProcessorPil(**short),
+        ),
+        "wavlm": (
+            lambda: hf.WavLMModel(hf.WavLMConfig(**waves)),
+            lambda: hf.Wav2Vec2FeatureExtractor(do_normalize=False),
+        ),
+        "wavlm, large": (
+            lambda: hf.WavLMModel(hf.WavLMConfig(**waves, **stable)),
+            lambda: hf.Wav2Vec2FeatureExtractor(do_normalize=True),
+        ),
+        "whisper": (
+            lambda: hf.WhisperModel(hf.WhisperConfig(**ears)),
+            lambda: hf.WhisperFeatureExtractor(feature_size=16, chunk_length=2),
+        ),
     }[family]
     with torch.random.fork_rng():
         torch.manual_seed(len(family))
@@ -2419,9 +3031,15 @@ def whisper_alone(folder, x):
     """What the library makes of samples, part by part of two seconds, without what it hears in the silence behind them."""
     import transformers as hf
 
-    prepare, model, found = hf.WhisperFeatureExtractor.from_pretrained(folder), hf.WhisperModel.from_pretrained(folder).get_encoder(), []
+    prepare, model, found = (
+        hf.WhisperFeatureExtractor.from_pretrained(folder),
+        hf.WhisperModel.from_pretrained(folder).get_encoder(),
+        [],
+    )
     for start in range(0, len(x), 32000):
-        inputs = prepare(x[start : start + 32000].numpy(), sampling_rate=16000, return_attention_mask=True, return_tensors="pt")
+        inputs = prepare(
+            x[start : start + 32000].numpy(), sampling_rate=16000, return_attention_mask=True, return_tensors="pt"
+        )
         n = int(inputs["attention_mask"].sum()) // 2 + 1
         found.append(model(inputs["input_features"]).last_hidden_state[0, :n])
     return torch.cat(found)
@@ -2439,7 +3057,10 @@ def wavlm_alone(folder, x):
 def test_pretrained_ears_hear_in_a_batch_what_the_library_hears_alone(family, folders):
     encoder = modrwkv.read_pretrained("audio", folders(family))
     encoder.train()  # dropout and masks in time would show
-    sounds = [torch.randn(n, generator=torch.Generator().manual_seed(n)) / 5 + 0.1 for n in (400, 1000, 9000, 16000, 32000, 32161, 70000)]
+    sounds = [
+        torch.randn(n, generator=torch.Generator().manual_seed(n)) / 5 + 0.1
+        for n in (400, 1000, 9000, 16000, 32000, 32161, 70000)
+    ]
     signals = [encoder.load(x) for x in sounds]
     alone = whisper_alone if family == "whisper" else wavlm_alone
     for x, prepared, got in zip(sounds, signals, encoder(signals), strict=True):
@@ -2454,13 +3075,25 @@ def test_pretrained_ears_count_as_published(folders):
     assert [wavlm.length(torch.zeros(n)) for n in (400, 1000, 9000, 16000, 480000)] == [1, 2, 27, 49, 1499]
     whisper = modrwkv.read_pretrained("audio", folders("whisper"))
     whisper.window = 480000
-    assert [whisper.length(torch.zeros(n)) for n in (160, 161, 1000, 16000, 480000, 480160)] == [1, 2, 4, 51, 1500, 1501]
+    assert [whisper.length(torch.zeros(n)) for n in (160, 161, 1000, 16000, 480000, 480160)] == [
+        1,
+        2,
+        4,
+        51,
+        1500,
+        1501,
+    ]
 
 
 def test_pretrained_encoders_stay_as_they_are(folders, tmp_path):
-    model = randomise(ModRWKV(dataclasses.replace(SMALL, image_encoder=folders("dinov2"), audio_encoder=folders("wavlm")))).train()
+    model = randomise(
+        ModRWKV(dataclasses.replace(SMALL, image_encoder=folders("dinov2"), audio_encoder=folders("wavlm")))
+    ).train()
     names = [*model.state_dict(), *(name for name, _ in model.named_parameters())]
-    assert not any(name.startswith(("encoder.image", "encoder.audio")) for name in names) and "adapter.image.conv.weight" in names
+    assert (
+        not any(name.startswith(("encoder.image", "encoder.audio")) for name in names)
+        and "adapter.image.conv.weight" in names
+    )
     inner = model.encoder["image"].models[0]
     assert not inner.training and not any(p.requires_grad for p in inner.parameters())
     model.double()
@@ -2473,20 +3106,30 @@ def test_pretrained_encoders_stay_as_they_are(folders, tmp_path):
 def test_folders_that_hold_no_encoder(folders, tmp_path):
     (tmp_path / "empty").mkdir()
     for kind, name, word in (
-        ("image", str(tmp_path / "none"), "no such folder"), ("image", str(tmp_path / "empty"), "config.json"), ("audio", folders("siglip"), "is siglip"),
-        ("image", folders("whisper"), "is whisper"), ("image", "patches", "no such folder"), ("image", f"{folders('siglip')}+nothing", "nothing"),
+        ("image", str(tmp_path / "none"), "no such folder"),
+        ("image", str(tmp_path / "empty"), "config.json"),
+        ("audio", folders("siglip"), "is siglip"),
+        ("image", folders("whisper"), "is whisper"),
+        ("image", "patches", "no such folder"),
+        ("image", f"{folders('siglip')}+nothing", "nothing"),
     ):
         message = refusal(ModRWKV, dataclasses.replace(SMALL, **{f"{kind}_encoder": name}))
         assert message.startswith(f"--{kind}_encoder={name}: ") and word in message and "dinov2" in message
     cut = Path(shutil.copytree(folders("clip"), tmp_path / "cut"))
     weights, preparation = cut / "model.safetensors", cut / "preprocessor_config.json"
     whole, said = modrwkv.read_safetensors(str(weights)), json.loads(preparation.read_text())
-    for change, word in (({"size": None}, "no size"), ({"image_mean": None}, "no image_mean"), ({"crop_size": 24}, "32 x 32, not 24 x 24")):
+    for change, word in (
+        ({"size": None}, "no size"),
+        ({"image_mean": None}, "no image_mean"),
+        ({"crop_size": 24}, "32 x 32, not 24 x 24"),
+    ):
         preparation.write_text(json.dumps({k: v for k, v in (said | change).items() if v is not None}))
         message = refusal(modrwkv.read_pretrained, "image", str(cut))
         assert message.startswith(f"--image_encoder={cut}: ") and word in message
     preparation.write_text(json.dumps(said))
-    modrwkv.write(str(weights), {name: x for name, x in whole.items() if "layers.1.mlp.fc1" not in name})  # the library fills these with noise
+    modrwkv.write(
+        str(weights), {name: x for name, x in whole.items() if "layers.1.mlp.fc1" not in name}
+    )  # the library fills these with noise
     message = refusal(modrwkv.read_pretrained, "image", str(cut))
     assert message.startswith(f"--image_encoder={cut}: ") and "layers.1.mlp.fc1.bias and 1 more" in message
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -2500,11 +3143,16 @@ def test_preparations_as_older_folders_have_them(folders, tmp_path):
 
     folder = Path(shutil.copytree(folders("clip"), tmp_path / "c++"))
     said = json.loads((folder / "preprocessor_config.json").read_text())
-    old = {name: said[name] for name in ("do_center_crop", "do_normalize", "do_resize", "image_mean", "image_std", "resample")}
+    old = {
+        name: said[name]
+        for name in ("do_center_crop", "do_normalize", "do_resize", "image_mean", "image_std", "resample")
+    }
     old |= {"crop_size": 32, "size": 40, "feature_extractor_type": "CLIPFeatureExtractor"}
     (folder / "preprocessor_config.json").write_text(json.dumps(old))
     encoder, processor = modrwkv.read_pretrained("image", str(folder)), hf.CLIPImageProcessorPil.from_pretrained(folder)
-    want = hf.CLIPVisionModel.from_pretrained(folder)(**processor([noise(57, 40)], return_tensors="pt")).last_hidden_state[0]
+    want = hf.CLIPVisionModel.from_pretrained(folder)(
+        **processor([noise(57, 40)], return_tensors="pt")
+    ).last_hidden_state[0]
     assert distance(encoder([encoder.load(noise(57, 40))])[0], want) < 1e-5
 
 
@@ -2525,10 +3173,19 @@ def test_a_model_finds_its_encoder_again(folders, tmp_path, monkeypatch):
     for i in range(8):
         noise(40 + i, 50).save(tmp_path / f"{i}.png")
     data = jsonl(tmp_path / "x.jsonl", *(talk("<image>\nWhich?", f"{i}", image=f"{i}.png") for i in range(8)))
-    flags = (f"--image_encoder={tmp_path / 'eyes'}", "--conv_kernel=0", "--max_steps=4", "--batch_size=8", "--level_steps=0", "--warmup_steps=1")
+    flags = (
+        f"--image_encoder={tmp_path / 'eyes'}",
+        "--conv_kernel=0",
+        "--max_steps=4",
+        "--batch_size=8",
+        "--level_steps=0",
+        "--warmup_steps=1",
+    )
     learn(tmp_path / "plain", (data, data), *flags)
     loaded = []
-    monkeypatch.setattr(modrwkv.Vision, "load", lambda self, path, load=modrwkv.Vision.load: loaded.append(path) or load(self, path))
+    monkeypatch.setattr(
+        modrwkv.Vision, "load", lambda self, path, load=modrwkv.Vision.load: loaded.append(path) or load(self, path)
+    )
     for out in ("cold", "warm"):
         learn(tmp_path / out, (data, data), *flags, f"--feature_cache={tmp_path / 'cache'}")
     assert len([path for path in loaded if path.endswith("0.png")]) == 1  # in both runs, training and scoring
@@ -2544,9 +3201,13 @@ def test_a_model_finds_its_encoder_again(folders, tmp_path, monkeypatch):
     assert torch.equal(got, want)
     more = "--resume", "--max_steps=5"
     assert f"--image_encoder={tmp_path / 'eyes'}" in refusal(learn, tmp_path / "plain", (data, data), *more)
-    assert "was trained with image_encoder" in refusal(learn, tmp_path / "plain", (data, data), *more, "--image_encoder=patch")
+    assert "was trained with image_encoder" in refusal(
+        learn, tmp_path / "plain", (data, data), *more, "--image_encoder=patch"
+    )
     learn(tmp_path / "plain", (data, data), *more, f"--image_encoder={tmp_path / 'moved'}")
-    assert len(column(tmp_path / "plain", "loss")) == 5 and load(tmp_path / "plain").config.image_encoder == str(tmp_path / "moved")
+    assert len(column(tmp_path / "plain", "loss")) == 5 and load(tmp_path / "plain").config.image_encoder == str(
+        tmp_path / "moved"
+    )
 
 
 def test_features_are_kept_only_while_they_are_true(folders, tmp_path):
@@ -2564,7 +3225,17 @@ def test_features_are_kept_only_while_they_are_true(folders, tmp_path):
     np.savez(archive, np.ones(3))
     flipped = [whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :] for i in (0, 32, 40, 60, 200, len(whole) - 1)]
     shapes = whole.replace(b"(16, 32)", b"(32, 16)"), whole.replace(b"(16, 32)", b"(9999999999, 32)")
-    for damage in (b"", whole[:100], whole[:-7], b"something else", whole[32:], archive.getvalue(), b"PK\x03\x04", *shapes, *flipped):
+    for damage in (
+        b"",
+        whole[:100],
+        whole[:-7],
+        b"something else",
+        whole[32:],
+        archive.getvalue(),
+        b"PK\x03\x04",
+        *shapes,
+        *flipped,
+    ):
         file.write_bytes(damage)
         assert torch.equal(keep(), first) and file.read_bytes() == whole
     noise(41, 50).save(tmp_path / "x.png")
@@ -2623,7 +3294,9 @@ def test_a_released_model_sees_through_its_encoder(folders, tmp_path):
 
 def run(command, cwd, **how):
     """A command line of python's, in a process of its own."""
-    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=ENV, text=True, capture_output=True, timeout=300, **how)
+    return subprocess.run(
+        [sys.executable, *map(str, command)], cwd=cwd, env=ENV, text=True, capture_output=True, timeout=300, **how
+    )
 
 
 def prepare(monkeypatch, name, *args):
@@ -2643,7 +3316,9 @@ def test_digits_are_a_function_of_the_seed(digits, tmp_path, monkeypatch):
     assert len(first) == 2 + 60 + 6
     prepare(monkeypatch, "digits", f"--out={tmp_path}", "--pictures=60")
     assert contents(tmp_path) == first
-    prepare(monkeypatch, "digits", f"--out={tmp_path}", "--pictures=60", "--seed=2")  # into the same folder: nothing old stays
+    prepare(
+        monkeypatch, "digits", f"--out={tmp_path}", "--pictures=60", "--seed=2"
+    )  # into the same folder: nothing old stays
     other = contents(tmp_path)
     assert other.keys() == first.keys() and not [name for name in first if other[name] == first[name]]
 
@@ -2683,13 +3358,22 @@ def test_digits_answers_are_true_and_writers_are_held_out(scanned, tmp_path, mon
     parts = [[r for r in part if "image" in r] for part in parts]
     assert [r["image"] for part in parts for r in part] == list(pictures)
     seen, held_out = ({i for r in part for i in pictures[r["image"]]} for part in parts)
-    assert max(seen) < 1415 <= min(held_out) and [*real.target[1415:1435]] == [*range(10)] * 2  # where a writer's form begins
+    assert (
+        max(seen) < 1415 <= min(held_out) and [*real.target[1415:1435]] == [*range(10)] * 2
+    )  # where a writer's form begins
     for r in itertools.chain(*parts, printed):
         [(first, _), *_] = modrwkv.record_turns(r)
-        digits = [int(real.target[i]) for i in pictures[r["image"]]] if "image" in r else [*map(int, first.split("\n")[0])]
+        digits = (
+            [int(real.target[i]) for i in pictures[r["image"]]] if "image" in r else [*map(int, first.split("\n")[0])]
+        )
         number = "".join(map(str, digits))
         total = number[0] + ", ".join(f"+{x}={sum(digits[: i + 1])}" for i, x in enumerate(digits) if i)
-        truths = {"What number|Read": number, "How many|Count": str(len(digits)), "sum|Add": total, "largest": str(max(digits))}
+        truths = {
+            "What number|Read": number,
+            "How many|Count": str(len(digits)),
+            "sum|Add": total,
+            "largest": str(max(digits)),
+        }
         turns = modrwkv.record_turns(r)
         for question, truth in turns:
             assert [t for words, t in truths.items() if re.search(words, question)] == [truth]
@@ -2702,16 +3386,29 @@ def test_digits_answers_are_true_and_writers_are_held_out(scanned, tmp_path, mon
             assert turns[0][0].startswith("<image>\n") and image.height == 56
             assert image.getpixel((0, 0)) == 255 and image.getextrema()[0] < 100  # black on white
     assert len(printed) == 100 and {r["task"] for r in printed} == {"count", "sum", "largest"}
-    assert [{len(modrwkv.record_turns(r)) for r in part} for part in parts] == [{1, 2}, {1}]  # one question about a picture, or two
+    assert [{len(modrwkv.record_turns(r)) for r in part} for part in parts] == [
+        {1, 2},
+        {1},
+    ]  # one question about a picture, or two
     for part in parts:
-        assert {len(pictures[r["image"]]) for r in part} == {1, 2, 3, 4, 5} and len({r["id"] for r in part}) == len(part)
+        assert {len(pictures[r["image"]]) for r in part} == {1, 2, 3, 4, 5} and len({r["id"] for r in part}) == len(
+            part
+        )
         assert {r["task"] for r in part} == {"read", "count", "sum", "largest"}
 
 
 def test_series_are_a_function_of_the_seed_and_know_no_benchmark(tmp_path, monkeypatch):
     names = ["a", "ETTh1", "weather/T", "b_weather"]
-    lines = [{"item_id": name, "freq": "H", "target": [float(i % 24 + n) for i in range(400)]} for n, name in enumerate(names)]
-    real = jsonl(tmp_path / "real.jsonl", *lines, {"item_id": "gap", "target": [1.0, None] * 300}, {"item_id": "still", "target": [3] * 300})
+    lines = [
+        {"item_id": name, "freq": "H", "target": [float(i % 24 + n) for i in range(400)]}
+        for n, name in enumerate(names)
+    ]
+    real = jsonl(
+        tmp_path / "real.jsonl",
+        *lines,
+        {"item_id": "gap", "target": [1.0, None] * 300},
+        {"item_id": "still", "target": [3] * 300},
+    )
     found = runpy.run_path(str(REPO / "data/series/prepare.py"))["real_series"]([str(real)])
     assert [name for _, name, _ in found] == ["a", "b_weather"] and [len(x) for *_, x in found] == [400, 400]
     prepare(monkeypatch, "series", "--series=20", f"--real={real}", f"--out={tmp_path / 'x'}")
@@ -2736,7 +3433,10 @@ def test_series_from_arrow_folders_and_bad_files(tmp_path):
     for folder in ("gift/solar/H", "gift/ett1/H", "gift/LOOP_SEATTLE/D"):
         (tmp_path / folder).mkdir(parents=True)
         table = pa.table({"item_id": ["u", "v"], "freq": ["H", "H"], "target": [[*map(float, range(300))]] * 2})
-        with pa.OSFile(str(tmp_path / folder / "data.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        with (
+            pa.OSFile(str(tmp_path / folder / "data.arrow"), "wb") as sink,
+            pa.ipc.new_stream(sink, table.schema) as writer,
+        ):
             writer.write_table(table)
     assert [len(x) for *_, x in real_series([str(tmp_path / "gift")])] == [300, 300]
     several = jsonl(tmp_path / "several.jsonl", {"target": [[*range(300)], [*range(300)]]})  # a record of two variables
@@ -2756,12 +3456,19 @@ def outline(shape):
     """Points evenly spread over a shape of area 1 around its centroid, from its geometry."""
     y, x = (np.mgrid[:60, :60] + 0.5) / 30 - 1
     if shape == "star":
-        turn = np.radians(np.abs((np.degrees(np.arctan2(x, -y)) + 36) % 72 - 36))  # from the nearest tip, which is at (1, 0)
+        turn = np.radians(
+            np.abs((np.degrees(np.arctan2(x, -y)) + 36) % 72 - 36)
+        )  # from the nearest tip, which is at (1, 0)
         notch = 0.39 * np.array([np.cos(np.pi / 5), np.sin(np.pi / 5)])
         inside = (notch[0] - 1) * np.hypot(x, y) * np.sin(turn) - notch[1] * (np.hypot(x, y) * np.cos(turn) - 1) > 0
     else:
         triangle = (y < 0.5) & (abs(x) < (y + 1) / np.sqrt(3))
-        inside = {"circle": x**2 + y**2 < 1, "square": x < 2, "triangle": triangle, "cross": np.minimum(abs(x), abs(y)) < 1 / 3}[shape]
+        inside = {
+            "circle": x**2 + y**2 < 1,
+            "square": x < 2,
+            "triangle": triangle,
+            "cross": np.minimum(abs(x), abs(y)) < 1 / 3,
+        }[shape]
     points = np.stack([y[inside], x[inside]])
     return (points - points.mean(1, keepdims=True)) / np.sqrt(inside.mean() * 4)
 
@@ -2782,7 +3489,17 @@ def look(path):
             if far.max() < 60:
                 continue
             r, g, b = np.median(cell[far > 0.8 * far.max()], 0)
-            colour = "black" if max(r, g, b) < 100 else "yellow" if r > 150 and g > 120 else "red" if r > 150 else "blue" if b > 150 else "green"
+            colour = (
+                "black"
+                if max(r, g, b) < 100
+                else "yellow"
+                if r > 150 and g > 120
+                else "red"
+                if r > 150
+                else "blue"
+                if b > 150
+                else "green"
+            )
             ink = far / far.max()  # how much of each pixel is covered
             centre = [[(ink * at).sum() / ink.sum()] for at in np.mgrid[:14, :14] + 0.5]
 
@@ -2797,14 +3514,23 @@ def look(path):
 
 def solve(question, things):
     """The answer that the picture gives, and the cells that the question is about."""
-    cells = {f"{down} {right}": (i, j) for i, down in enumerate(("top", "middle", "bottom")) for j, right in enumerate(("left", "centre", "right"))}
+    cells = {
+        f"{down} {right}": (i, j)
+        for i, down in enumerate(("top", "middle", "bottom"))
+        for j, right in enumerate(("left", "centre", "right"))
+    }
 
     def only(test):
         [cell] = [cell for cell, thing in things.items() if test(thing)]  # unambiguous
         return cell
 
     def side(name, cell, other):
-        return {"left of": cell[1] - other[1], "right of": other[1] - cell[1], "above": cell[0] - other[0], "below": other[0] - cell[0]}[name]
+        return {
+            "left of": cell[1] - other[1],
+            "right of": other[1] - cell[1],
+            "above": cell[0] - other[0],
+            "below": other[0] - cell[0],
+        }[name]
 
     question = re.sub("(?<=s)es\\b", "", question.removeprefix("<image>\n"))  # crosses
     question = re.sub("(circle|square|triangle|star)s", r"\1", question)
@@ -2819,7 +3545,9 @@ def solve(question, things):
         return str(len(like)), like or [*things]
     if m := re.fullmatch("What is just (\\w+(?: of)?) the (\\w+) (\\w+)\\?", question):
         here = only(lambda thing: thing == (m[2], m[3]))
-        [there] = [cell for cell in things if side(m[1], here, cell) == 1 and sum(a != b for a, b in zip(here, cell)) == 1]
+        [there] = [
+            cell for cell in things if side(m[1], here, cell) == 1 and sum(a != b for a, b in zip(here, cell)) == 1
+        ]
         return things[there][1], [here, there]
     if m := re.fullmatch("How many (\\w+) (\\w+) are (\\w+(?: of)?) the (\\w+)\\?", question):
         here = only(lambda thing: thing[1] == m[4])
@@ -2841,9 +3569,15 @@ def test_shapes_are_a_function_of_the_seed(shapes, tmp_path, monkeypatch):
     assert len(first) == 2 + 400 + 50
     prepare(monkeypatch, "shapes", "--pictures=400", f"--out={tmp_path}")
     assert contents(tmp_path) == first
-    prepare(monkeypatch, "shapes", "--pictures=400", "--seed=2", f"--out={tmp_path}")  # into the same folder: nothing old stays
+    prepare(
+        monkeypatch, "shapes", "--pictures=400", "--seed=2", f"--out={tmp_path}"
+    )  # into the same folder: nothing old stays
     other = contents(tmp_path)
-    assert other.keys() == first.keys() and other["train.jsonl"] != first["train.jsonl"] and other["val.jsonl"] != first["val.jsonl"]
+    assert (
+        other.keys() == first.keys()
+        and other["train.jsonl"] != first["train.jsonl"]
+        and other["val.jsonl"] != first["val.jsonl"]
+    )
 
 
 def test_shapes_answers_are_true_and_places_are_held_out(shapes):
@@ -2876,7 +3610,10 @@ def test_shapes_cannot_be_answered_without_the_picture(shapes):
     for task, question, answer in turns[::2]:
         answers[question][answer] += 1
         by_task[task][answer] += 1
-    right = [(answers.get(question) or by_task[task]).most_common(1)[0][0] == answer for task, question, answer in turns[1::2]]
+    right = [
+        (answers.get(question) or by_task[task]).most_common(1)[0][0] == answer
+        for task, question, answer in turns[1::2]
+    ]
     assert np.mean(right) < 0.35
 
 
@@ -2908,7 +3645,9 @@ class Quiet(random.Random):
 def test_morse_is_what_the_text_says():
     key = runpy.run_path(str(REPO / "data/morse/prepare.py"))["key"]
     speeds, tones = [], []
-    for seed, text in enumerate(["THE QUICK BROWN FOX JUMPS OVER A LAZY DOG", "CQ DE K1AB/7", "0123456789?", "PARIS"] * 5):
+    for seed, text in enumerate(
+        ["THE QUICK BROWN FOX JUMPS OVER A LAZY DOG", "CQ DE K1AB/7", "0123456789?", "PARIS"] * 5
+    ):
         got, speed, tone = copy_morse(key(text, Quiet(seed)), 4000)
         assert got == text
         speeds.append(speed), tones.append(tone)
@@ -2944,7 +3683,10 @@ def test_same_asks_whether_what_is_heard_is_what_is_seen(scanned, tmp_path, monk
     for r in itertools.chain(*parts):
         [(_, answer)] = modrwkv.record_turns(r)
         see, hear, same = re.fullmatch(r"(\d+), (\d+): (yes|no)", answer).groups()
-        assert see == "".join(str(real.target[i]) for i in pictures[r["image"]]) and r["level"] == len(see) == len(hear) <= 3
+        assert (
+            see == "".join(str(real.target[i]) for i in pictures[r["image"]])
+            and r["level"] == len(see) == len(hear) <= 3
+        )
         assert sum(a != b for a, b in zip(see, hear)) == (same == "no")
         if set(hear) - {"0", "5"}:  # with dots and dashes
             x, rate = soundfile.read(tmp_path / r["audio"])
@@ -2970,7 +3712,9 @@ def voices(tmp_path_factory):
 def test_spoken_digits_hold_one_speaker_out(voices, tmp_path, monkeypatch):
     prepare(monkeypatch, "spoken_digits", voices, "--sounds=160", f"--out={tmp_path}")
     first = contents(tmp_path)
-    prepare(monkeypatch, "spoken_digits", voices, "--sounds=160", f"--out={tmp_path}", "--held_out=c")  # the last one is held out by default
+    prepare(
+        monkeypatch, "spoken_digits", voices, "--sounds=160", f"--out={tmp_path}", "--held_out=c"
+    )  # the last one is held out by default
     assert contents(tmp_path) == first and len(first) == 2 + 160 + 10
     for r in read_records(tmp_path / "val.jsonl"):  # as recorded: the tones of speaker c, one after another
         x, rate = soundfile.read(tmp_path / r["audio"])
@@ -2997,14 +3741,24 @@ def test_spoken_digits_are_stretched_at_their_pitch(factor):
 
 def test_spoken_digits_are_cut_and_coloured():
     data, g = runpy.run_path(str(REPO / "data/spoken_digits/prepare.py")), np.random.default_rng(0)
-    x = np.concatenate([g.normal(size=n) * 10 ** (db / 20) for n, db in ((2000, -60), (1000, -20), (1000, 0), (2000, -60))])
-    assert len(data["trim"](x, 10)) == pytest.approx(1000, abs=120) and len(data["trim"](x, 40)) == pytest.approx(2000, abs=120)
-    assert len(data["trim"](x, 90)) == 6000 and len(data["trim"](np.zeros(50), 10)) == 50 and len(data["trim"](x[:1], 10)) == 1
+    x = np.concatenate(
+        [g.normal(size=n) * 10 ** (db / 20) for n, db in ((2000, -60), (1000, -20), (1000, 0), (2000, -60))]
+    )
+    assert len(data["trim"](x, 10)) == pytest.approx(1000, abs=120) and len(data["trim"](x, 40)) == pytest.approx(
+        2000, abs=120
+    )
+    assert (
+        len(data["trim"](x, 90)) == 6000
+        and len(data["trim"](np.zeros(50), 10)) == 50
+        and len(data["trim"](x[:1], 10)) == 1
+    )
     x = g.normal(size=2**14)
     gain = 20 * np.log10(np.abs(np.fft.rfft(data["shape"](x, random.Random(1), 8)) / np.fft.rfft(x)))
     rng = random.Random(1)
     at = np.linspace(0, len(gain) - 1, 7)
-    assert gain[1:-1] == pytest.approx(np.interp(np.arange(len(gain)), at, [rng.uniform(-8, 8) for _ in range(7)])[1:-1], abs=1e-6)
+    assert gain[1:-1] == pytest.approx(
+        np.interp(np.arange(len(gain)), at, [rng.uniform(-8, 8) for _ in range(7)])[1:-1], abs=1e-6
+    )
 
 
 def test_spoken_digits_from_a_bad_folder(voices, tmp_path, monkeypatch):
@@ -3030,7 +3784,9 @@ everything = lambda folder: read_records(folder / "train.jsonl") + read_records(
 @pytest.fixture
 def llava(tmp_path):
     """A small imitation of what LLaVA publishes: 40 captions with their images.zip, and a mix whose pictures lie in five folders."""
-    captions = [talk("<image>\nDescribe it.", f"Thing {i}.", id=f"{i:09}", image=f"{i:05}/{i:09}.jpg") for i in range(40)]
+    captions = [
+        talk("<image>\nDescribe it.", f"Thing {i}.", id=f"{i:09}", image=f"{i:05}/{i:09}.jpg") for i in range(40)
+    ]
     (tmp_path / "blip_laion_cc_sbu_558k.json").write_text(json.dumps(captions))
     with zipfile.ZipFile(tmp_path / "images.zip", "w") as z:
         for r in captions:
@@ -3041,12 +3797,27 @@ def llava(tmp_path):
         (tmp_path / "mix" / place).mkdir(parents=True)
         for i in range(8):
             (tmp_path / "mix" / place / f"{i}.jpg").write_bytes(b"a picture")
-            mix += [talk("<image>\nWhat is it?", f"{place} {i}", id=f"{i}", image=f"{place}/{i}.jpg") for _ in range(2)]  # two conversations each
+            mix += [
+                talk("<image>\nWhat is it?", f"{place} {i}", id=f"{i}", image=f"{place}/{i}.jpg") for _ in range(2)
+            ]  # two conversations each
     short = f"\n{modrwkv.SHORT_ANSWER}"
-    mix += [talk(f"<image>\nOne?{short}", "1", "Two?", "2", "Three?", "3", "Four?", id="long", image="coco/train2017/0.jpg")]
+    mix += [
+        talk(f"<image>\nOne?{short}", "1", "Two?", "2", "Three?", "3", "Four?", id="long", image="coco/train2017/0.jpg")
+    ]
     mix += [talk("No mark?", "none", "<image> and <image>?", "two", id="marks", image="gqa/images/0.jpg")]
-    mix += [talk("How do I write <audio> and <image> in HTML?", "So: <audio>.", "", " ", id="html", model="")]  # an empty answer
-    mix += [{"id": "odd", "conversations": [{"from": "gpt", "value": "unasked"}, *talk("unanswered?")["conversations"], *talk("q", "a")["conversations"]]}]
+    mix += [
+        talk("How do I write <audio> and <image> in HTML?", "So: <audio>.", "", " ", id="html", model="")
+    ]  # an empty answer
+    mix += [
+        {
+            "id": "odd",
+            "conversations": [
+                {"from": "gpt", "value": "unasked"},
+                *talk("unanswered?")["conversations"],
+                *talk("q", "a")["conversations"],
+            ],
+        }
+    ]
     mix += [talk("never answered", id="silent")]
     (tmp_path / "llava_v1_5_mix665k.json").write_text(json.dumps(mix))
     return tmp_path
@@ -3063,18 +3834,40 @@ def test_llava_pairs_from_the_published_zip(llava, tmp_path, monkeypatch):
         assert Path(path).read_bytes() == b"a picture" and path.endswith(f"{r['id']}.jpg")
         assert modrwkv.record_turns(r) == [("<image>\nDescribe it.", f"Thing {int(r['id'])}.")]
     first = {name: (tmp_path / "a" / name).read_bytes() for name in ("train.jsonl", "val.jsonl")}
-    prepare(monkeypatch, "llava", llava / "blip_laion_cc_sbu_558k.json", f"--images={tmp_path / 'a/images'}", "--val=4", f"--out={tmp_path / 'a'}")
+    prepare(
+        monkeypatch,
+        "llava",
+        llava / "blip_laion_cc_sbu_558k.json",
+        f"--images={tmp_path / 'a/images'}",
+        "--val=4",
+        f"--out={tmp_path / 'a'}",
+    )
     assert first == {name: (tmp_path / "a" / name).read_bytes() for name in first}
     (tmp_path / "cut.zip").write_bytes((llava / "images.zip").read_bytes()[:-40])
-    complains(monkeypatch, ["cut.zip", "cut short"], "llava", args[1], f"--images={tmp_path / 'cut.zip'}", f"--out={tmp_path / 'b'}")
+    complains(
+        monkeypatch,
+        ["cut.zip", "cut short"],
+        "llava",
+        args[1],
+        f"--images={tmp_path / 'cut.zip'}",
+        f"--out={tmp_path / 'b'}",
+    )
     (tmp_path / "no.json").write_text('[{"image": "x.jpg"}]')
-    complains(monkeypatch, ["no.json, record 1", "conversations"], "llava", tmp_path / "no.json", f"--out={tmp_path / 'b'}")
+    complains(
+        monkeypatch, ["no.json, record 1", "conversations"], "llava", tmp_path / "no.json", f"--out={tmp_path / 'b'}"
+    )
     complains(monkeypatch, ["none.json"], "llava", tmp_path / "none.json", f"--out={tmp_path / 'b'}")
     assert not list((tmp_path / "b").glob("*.jsonl"))
 
 
 def test_llava_mix_is_mended_and_what_is_missing_is_named(llava, tmp_path, monkeypatch, capsys):
-    args = ("llava", llava / "llava_v1_5_mix665k.json", f"--images={llava / 'mix'}", "--val=5", f"--out={tmp_path / 'out'}")
+    args = (
+        "llava",
+        llava / "llava_v1_5_mix665k.json",
+        f"--images={llava / 'mix'}",
+        "--val=5",
+        f"--out={tmp_path / 'out'}",
+    )
     prepare(monkeypatch, *args)
     assert ", 2 of them text alone\nleft out: 6 turns without an answer, 0 records" in capsys.readouterr().out
     records = everything(tmp_path / "out")
@@ -3083,13 +3876,21 @@ def test_llava_mix_is_mended_and_what_is_missing_is_named(llava, tmp_path, monke
     assert len(records) == 84 and not [r for r in records if r["id"] == "silent"]
     assert of("long") == [(f"<image>\nOne?{short}", "1"), ("Two?", "2"), ("Three?", "3")]
     assert of("marks") == [("No mark?", "none"), ("<image> and <image >?", "two")]
-    assert of("html") == [("How do I write <audio > and <image > in HTML?", "So: <audio>.")] and of("odd") == [("q", "a")]
-    places = [{r["image"] for r in read_records(tmp_path / "out" / f"{name}.jsonl") if r["image"]} for name in ("train", "val")]
+    assert of("html") == [("How do I write <audio > and <image > in HTML?", "So: <audio>.")] and of("odd") == [
+        ("q", "a")
+    ]
+    places = [
+        {r["image"] for r in read_records(tmp_path / "out" / f"{name}.jsonl") if r["image"]}
+        for name in ("train", "val")
+    ]
     assert not places[0] & places[1] and len(places[0] | places[1]) == 40  # no picture of val is known from train
     prepare(monkeypatch, *args, "--max_rounds=2", "--skip_text")
     records = everything(tmp_path / "out")
     assert len(records) == 83 and all(r["image"] for r in records)
-    assert of("long-2") == [(f"<image>\nThree?{short}", "3")] and of("marks") == [("No mark?", "none"), ("<image> and <image >?", "two")]
+    assert of("long-2") == [(f"<image>\nThree?{short}", "3")] and of("marks") == [
+        ("No mark?", "none"),
+        ("<image> and <image >?", "two"),
+    ]
     prepare(monkeypatch, *args, "--max_rounds=1", "--skip_text")
     records = everything(tmp_path / "out")
     assert of("marks") == [("<image>\nNo mark?", "none")] and of("marks-1") == [("<image> and <image >?", "two")]
@@ -3118,18 +3919,30 @@ def transcripts(folder, name):
     found = []
     for r in read_records(folder / f"{name}.jsonl"):
         [(question, text)], [(kind, path)] = modrwkv.record_turns(r), modrwkv.record_media(r)
-        assert question == "<audio>" and kind == "audio" and Path(path).stem == r["id"] and len(read_sound(path, 16000)) == 800
+        assert (
+            question == "<audio>"
+            and kind == "audio"
+            and Path(path).stem == r["id"]
+            and len(read_sound(path, 16000)) == 800
+        )
         found.append((r["id"], r["task"], text))
     return found
 
 
 @pytest.fixture
 def libri(tmp_path):
-    for part, speaker, chapter in (("train-clean-100", 19, 198), ("train-other-500", 20, 205), ("dev-clean", 84, 121123), ("test-other", 367, 130732)):
+    for part, speaker, chapter in (
+        ("train-clean-100", 19, 198),
+        ("train-other-500", 20, 205),
+        ("dev-clean", 84, 121123),
+        ("test-other", 367, 130732),
+    ):
         folder = tmp_path / "LibriSpeech" / part / str(speaker) / str(chapter)
         for i in range(2):
             hum(folder / f"{speaker}-{chapter}-{i:04}.flac")
-        (folder / f"{speaker}-{chapter}.trans.txt").write_text("".join(f"{speaker}-{chapter}-{i:04} DON'T STOP {part.upper()}\n" for i in range(2)))
+        (folder / f"{speaker}-{chapter}.trans.txt").write_text(
+            "".join(f"{speaker}-{chapter}-{i:04} DON'T STOP {part.upper()}\n" for i in range(2))
+        )
     (tmp_path / "LibriSpeech/SPEAKERS.TXT").write_text("19 | F | train-clean-100 | 25.19 | Kara Shallenberg\n")
     return tmp_path
 
@@ -3137,7 +3950,9 @@ def libri(tmp_path):
 def test_librispeech_from_folders_and_archives(libri, tmp_path, monkeypatch):
     prepare(monkeypatch, "librispeech", libri / "LibriSpeech", f"--out={tmp_path / 'a'}")
     assert transcripts(tmp_path / "a", "train") == [
-        (f"{chapter}-000{i}", part, f"don't stop {part}") for chapter, part in (("19-198", "train-clean-100"), ("20-205", "train-other-500")) for i in range(2)
+        (f"{chapter}-000{i}", part, f"don't stop {part}")
+        for chapter, part in (("19-198", "train-clean-100"), ("20-205", "train-other-500"))
+        for i in range(2)
     ]
     assert {task for _, task, _ in transcripts(tmp_path / "a", "val")} == {"dev-clean"}
     assert {task for _, task, _ in transcripts(tmp_path / "a", "test")} == {"test-other"}
@@ -3154,7 +3969,13 @@ def test_librispeech_from_folders_and_archives(libri, tmp_path, monkeypatch):
     assert not list((tmp_path / "c").iterdir())
     gone = next((libri / "LibriSpeech").rglob("84-*-0001.flac"))
     gone.unlink()
-    complains(monkeypatch, ["1 of 8 sounds", str(gone), "--skip_missing"], "librispeech", libri / "LibriSpeech", f"--out={tmp_path / 'c'}")
+    complains(
+        monkeypatch,
+        ["1 of 8 sounds", str(gone), "--skip_missing"],
+        "librispeech",
+        libri / "LibriSpeech",
+        f"--out={tmp_path / 'c'}",
+    )
     prepare(monkeypatch, "librispeech", libri / "LibriSpeech", "--skip_missing", f"--out={tmp_path / 'c'}")
     assert len(transcripts(tmp_path / "c", "val")) == 1 and len(transcripts(tmp_path / "c", "train")) == 4
 
@@ -3167,7 +3988,9 @@ def aishell(tmp_path):
     for part, speaker in (("train", "S0002"), ("dev", "S0724"), ("test", "S0764")):
         for i in range(3):
             hum(tmp_path / f"plain/{part}/{speaker}/BAC009{speaker}W012{i}.wav")
-            lines.append(f"BAC009{speaker}W012{i} 而 对 楼市 成交 {speaker}\n" if i < 2 else "")  # there are sounds without a transcript
+            lines.append(
+                f"BAC009{speaker}W012{i} 而 对 楼市 成交 {speaker}\n" if i < 2 else ""
+            )  # there are sounds without a transcript
         packed(tmp_path / "plain", folder / f"wav/{speaker}.tar.gz", f"{part}/{speaker}")
     (folder / "transcript/aishell_transcript_v0.8.txt").write_text("".join(lines), encoding="utf-8")
     return tmp_path
@@ -3178,7 +4001,9 @@ def test_aishell_from_its_folder_and_archive(aishell, tmp_path, monkeypatch, cap
     prepare(monkeypatch, "aishell", archive, f"--out={tmp_path / 'a'}")
     assert "3 sounds that the transcript does not know" in capsys.readouterr().out
     for name, part, speaker in (("train", "train", "S0002"), ("val", "dev", "S0724"), ("test", "test", "S0764")):
-        assert transcripts(tmp_path / "a", name) == [(f"BAC009{speaker}W012{i}", part, f"而对楼市成交{speaker}") for i in range(2)]
+        assert transcripts(tmp_path / "a", name) == [
+            (f"BAC009{speaker}W012{i}", part, f"而对楼市成交{speaker}") for i in range(2)
+        ]
     prepare(monkeypatch, "aishell", aishell / "data_aishell", f"--out={tmp_path / 'b'}")  # its speakers still packed
     shutil.copytree(tmp_path / "plain", aishell / "data_aishell/wav", dirs_exist_ok=True)
     prepare(monkeypatch, "aishell", aishell / "data_aishell", f"--out={tmp_path / 'c'}")  # and unpacked
@@ -3186,7 +4011,13 @@ def test_aishell_from_its_folder_and_archive(aishell, tmp_path, monkeypatch, cap
     for name, place in itertools.product(("train", "val", "test"), "bc"):
         assert transcripts(tmp_path / place, name) == transcripts(tmp_path / "a", name)
     (aishell / "data_aishell/wav/dev/S0724/BAC009S0724W0121.wav").unlink()
-    complains(monkeypatch, ["1 of 6 sounds", "BAC009S0724W0121.wav"], "aishell", aishell / "data_aishell", f"--out={tmp_path / 'd'}")
+    complains(
+        monkeypatch,
+        ["1 of 6 sounds", "BAC009S0724W0121.wav"],
+        "aishell",
+        aishell / "data_aishell",
+        f"--out={tmp_path / 'd'}",
+    )
     prepare(monkeypatch, "aishell", aishell / "data_aishell", "--skip_missing", f"--out={tmp_path / 'd'}")
     assert len(transcripts(tmp_path / "d", "val")) == 1
     (tmp_path / "cut.tgz").write_bytes(archive.read_bytes()[:-200])
@@ -3202,22 +4033,40 @@ def test_gift_eval_folders_become_series(tmp_path, monkeypatch, capsys):
         (tmp_path / "gift" / folder).mkdir(parents=True, exist_ok=True)
         kind = pa.list_(pa.list_(pa.float32()) if isinstance(targets[0][0], list) else pa.float32())
         ids = [f"T{i}" for i in range(len(targets))]
-        table = pa.table({"item_id": ids, "start": [0] * len(ids), "freq": ["H"] * len(ids), "target": pa.array(targets, kind)})
-        with pa.OSFile(str(tmp_path / "gift" / folder / name), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
+        table = pa.table(
+            {"item_id": ids, "start": [0] * len(ids), "freq": ["H"] * len(ids), "target": pa.array(targets, kind)}
+        )
+        with (
+            pa.OSFile(str(tmp_path / "gift" / folder / name), "wb") as sink,
+            pa.ipc.new_stream(sink, table.schema) as writer,
+        ):
             writer.write_table(table)
         (tmp_path / "gift" / folder / "state.json").write_text("{}")
 
     wave = lambda n, k: [round(math.sin(i / 7) * k + k, 3) for i in range(n)]
     published("solar/H", [wave(300, k) for k in range(1, 31)])
-    published("solar/H", [wave(300, k) for k in range(1, 31)], "cache-1318815c7ce7bc45.arrow")  # as some are published beside their data
+    published(
+        "solar/H", [wave(300, k) for k in range(1, 31)], "cache-1318815c7ce7bc45.arrow"
+    )  # as some are published beside their data
     published("long/D", [[None, *wave(2000, 40)]])
     published("two/T", [[wave(250, 50), wave(250, 51)]] * 25)  # two variables a record
     published("short/D", [wave(100, 60), [7.0] * 400])
-    for own in ("ett1/15T", "ett2/W", "electricity/H", "jena_weather/10T", "LOOP_SEATTLE/5T", "SZ_TAXI/15T", "traffic_hourly"):
+    for own in (
+        "ett1/15T",
+        "ett2/W",
+        "electricity/H",
+        "jena_weather/10T",
+        "LOOP_SEATTLE/5T",
+        "SZ_TAXI/15T",
+        "traffic_hourly",
+    ):
         published(own, [wave(300, 99)])
     prepare(monkeypatch, "gift_eval", tmp_path / "gift", "--length=1000", f"--out={tmp_path / 'out'}")
     said = capsys.readouterr().out
-    assert "LOOP_SEATTLE, SZ_TAXI, electricity, ett1, ett2, jena_weather, traffic" in said and "2 left out as too short" in said
+    assert (
+        "LOOP_SEATTLE, SZ_TAXI, electricity, ett1, ett2, jena_weather, traffic" in said
+        and "2 left out as too short" in said
+    )
     train, val = (read_records(tmp_path / "out" / f"{name}.jsonl") for name in ("train", "val"))
     strength = lambda r: round(max(x for x in r["target"] if x is not None) / 2)
     assert Counter(map(strength, train + val)) == Counter(range(1, 31)) | {40: 3, 50: 25, 51: 25}
@@ -3225,7 +4074,9 @@ def test_gift_eval_folders_become_series(tmp_path, monkeypatch, capsys):
     assert [len(x) for x in long] == [667] * 3 and sum(long, []) == [None, *wave(2000, 40)]
     assert next(r for r in train if strength(r) == 7)["target"] == wave(300, 7)
     [sides] = {tuple(map(strength, val))}
-    assert len(set(sides)) == 3 + 1 and sides.count(50) == sides.count(51) == 1  # every 20th of 56 records, with all its variables and pieces
+    assert (
+        len(set(sides)) == 3 + 1 and sides.count(50) == sides.count(51) == 1
+    )  # every 20th of 56 records, with all its variables and pieces
     first = contents(tmp_path / "out")
     prepare(monkeypatch, "gift_eval", tmp_path / "gift", "--length=1000", f"--out={tmp_path / 'out'}")
     assert contents(tmp_path / "out") == first
@@ -3240,13 +4091,23 @@ def test_gift_eval_folders_become_series(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", ["llava", "librispeech", "aishell", "gift_eval", "spoken_digits"])
 def test_data_that_is_made_from_files_of_ones_own_says_so(name, tmp_path, monkeypatch, capfd):
-    shutil.copytree(REPO / "data", tmp_path / "data", ignore=lambda _, names: [n for n in names if Path(n).suffix == ".jsonl" or n in ("train", "val")])
+    shutil.copytree(
+        REPO / "data",
+        tmp_path / "data",
+        ignore=lambda _, names: [n for n in names if Path(n).suffix == ".jsonl" or n in ("train", "val")],
+    )
     monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))
     assert f"python data/{name}/prepare.py --help" in refusal(train.find_data, name, "")
     assert "the following arguments are required" in capfd.readouterr().err
 
 
-README = (REPO / "README.md").read_text(encoding="utf-8").replace("\\\n", "").split("## The papers' recipes")[1].split("\n## ")[0]
+README = (
+    (REPO / "README.md")
+    .read_text(encoding="utf-8")
+    .replace("\\\n", "")
+    .split("## The papers' recipes")[1]
+    .split("\n## ")[0]
+)
 RECIPES = [shlex.split(line.split("train.py")[1]) for line in README.splitlines() if line.startswith("torchrun")]
 PUBLISHED = {  # samples in the published data or in the papers' runs, and their learning rate: highest, last
     "see1": (595_375, 1e-3, 0), "see2": (665_298 - 40_688, 2e-5, 0), "hear1": (281_241, 1e-4, 1e-4), "hear2": (281_241, 1e-4, 5e-5),
@@ -3262,7 +4123,9 @@ def test_recipes_of_the_readme_say_what_the_papers_do(recipe):
     assert abs(s.max_steps * s.batch_size - n) < s.batch_size
     rates = [train.learning_rate(step, s) for step in range(s.max_steps)]
     assert max(rates) == pytest.approx(highest, rel=1e-5) and rates[-1] == pytest.approx(last, abs=1e-12)
-    assert rates[0] == pytest.approx(highest / max(1, s.warmup_steps), rel=1e-5)  # from the first step on, unless it warms up
+    assert rates[0] == pytest.approx(
+        highest / max(1, s.warmup_steps), rel=1e-5
+    )  # from the first step on, unless it warms up
 
 
 def test_commands_of_the_readme_are_all_there():
@@ -3270,7 +4133,11 @@ def test_commands_of_the_readme_are_all_there():
     assert len(lines) == 7 and [f"--out_dir={name}" for name in PUBLISHED] == [recipe[-1] for recipe in RECIPES]
     for line in lines:
         script, *args = shlex.split(line, comments=True)[1:]
-        assert all(f'"{arg.split("=")[0]}"' in (REPO / script).read_text(encoding="utf-8") for arg in args if arg.startswith("--"))
+        assert all(
+            f'"{arg.split("=")[0]}"' in (REPO / script).read_text(encoding="utf-8")
+            for arg in args
+            if arg.startswith("--")
+        )
 
 
 @pytest.fixture(scope="session")
@@ -3287,8 +4154,23 @@ def test_two_stages_by_the_flags_of_the_readme(llava, rwkv6, tmp_path, monkeypat
     """VisualRWKV's, at another size and with patches for eyes."""
     for path in llava.rglob("*.jpg"):
         noise(32, 32).save(path)
-    prepare(monkeypatch, "llava", llava / "llava_v1_5_mix665k.json", f"--images={llava / 'mix'}", "--val=3", "--max_rounds=2", f"--out={tmp_path / 'x'}")
-    others = {"data": tmp_path / "x", "image_encoder": "patch", "tokenizer": rwkv6 / "vocab.txt", "max_steps": 2, "batch_size": 4, "dtype": "float32"}
+    prepare(
+        monkeypatch,
+        "llava",
+        llava / "llava_v1_5_mix665k.json",
+        f"--images={llava / 'mix'}",
+        "--val=3",
+        "--max_rounds=2",
+        f"--out={tmp_path / 'x'}",
+    )
+    others = {
+        "data": tmp_path / "x",
+        "image_encoder": "patch",
+        "tokenizer": rwkv6 / "vocab.txt",
+        "max_steps": 2,
+        "batch_size": 4,
+        "dtype": "float32",
+    }
     others |= {"init_from": rwkv6 / "x.pth"}
     weights = [torch.load(others["init_from"])]
     for recipe in RECIPES[-2:]:
@@ -3298,11 +4180,17 @@ def test_two_stages_by_the_flags_of_the_readme(llava, rwkv6, tmp_path, monkeypat
         said(train.main, *(f"--{name}={value}" for name, value in flags.items()), "--eval_samples=1", "--device=cpu")
         ckpt = torch.load(out / "ckpt.pt")
         weights, others["init_from"] = [*weights, ckpt["model"]], out / "ckpt.pt"
-        assert ckpt["config"]["prompt_style"] == flags["prompt_style"] and ckpt["config"]["scan"] == "bi" and ckpt["config"]["rwkv"] == 6
+        assert (
+            ckpt["config"]["prompt_style"] == flags["prompt_style"]
+            and ckpt["config"]["scan"] == "bi"
+            and ckpt["config"]["rwkv"] == 6
+        )
         assert len({group["lr"] for group in ckpt["optimizer"][0]["param_groups"]}) == 1  # the decays' is the others'
     start, one, two = weights
     assert all(torch.equal(one[name], x) for name, x in start.items())  # stage 1 leaves the language model as it is
-    assert [name for name in start if torch.equal(two[name], one[name])] == ["emb.weight"]  # stage 2 leaves the embedding
+    assert [name for name in start if torch.equal(two[name], one[name])] == [
+        "emb.weight"
+    ]  # stage 2 leaves the embedding
     assert not [name for name in one if name.startswith("adapter.image") and torch.equal(two[name], one[name])]
 
 
@@ -3310,7 +4198,10 @@ def test_data_from_any_folder_of_train_and_val(counting, tmp_path):
     for name in ("train", "val"):
         shutil.copy(counting[0], tmp_path / f"{name}.jsonl")
     assert train.find_data(str(tmp_path), "") == ([str(tmp_path / "train.jsonl")], [str(tmp_path / "val.jsonl")])
-    assert train.find_data(f"{tmp_path},{counting[0]}", "x.jsonl") == ([str(tmp_path / "train.jsonl"), str(counting[0])], ["x.jsonl"])
+    assert train.find_data(f"{tmp_path},{counting[0]}", "x.jsonl") == (
+        [str(tmp_path / "train.jsonl"), str(counting[0])],
+        ["x.jsonl"],
+    )
 
 
 # ---------------------------------------------------------------------------------------------- train.py
@@ -3318,7 +4209,9 @@ def test_data_from_any_folder_of_train_and_val(counting, tmp_path):
 
 # stands in for the model: a sample is its record's id, or the tokens of its text
 ECHO = SimpleNamespace(sample=lambda r: r["id"] if "conversations" in r else [("answer", list(range(len(r["text"]))))])
-drawn = lambda batches, *steps: [i for step in range(*steps) for i in batches(step, 0, 1)[0]]  # what a single process draws
+drawn = lambda batches, *steps: [
+    i for step in range(*steps) for i in batches(step, 0, 1)[0]
+]  # what a single process draws
 
 
 def batches(levels, **settings):
@@ -3358,13 +4251,19 @@ def test_curriculum():
         record["_folder"] = "ab"[i < 6 * W]  # a fourth of the records is in a
         b.levels[i] = 1 + (i >= 6 * W and i % 8 != 0)  # of which few are ready
     first = drawn(b, 2 * W)
-    assert all(b.levels[i] == 1 for i in first) and sum(i >= 6 * W for i in first) == len(first) // 4  # who waits keeps a place for its own
+    assert (
+        all(b.levels[i] == 1 for i in first) and sum(i >= 6 * W for i in first) == len(first) // 4
+    )  # who waits keeps a place for its own
 
 
 def test_long_texts_are_cut():
-    make = lambda: train.Batches([{"text": "x" * n} for n in (40, 20)], train.Train(batch_size=8, ctx_len=32, level_steps=0), ECHO)
+    make = lambda: train.Batches(
+        [{"text": "x" * n} for n in (40, 20)], train.Train(batch_size=8, ctx_len=32, level_steps=0), ECHO
+    )
     windows = [ids for [(_, ids)] in drawn(make(), 64)]
-    assert {tuple(ids) for ids in windows} == {tuple(range(start, start + 33)) for start in range(8)} | {tuple(range(20))}
+    assert {tuple(ids) for ids in windows} == {tuple(range(start, start + 33)) for start in range(8)} | {
+        tuple(range(20))
+    }
     assert [ids for [(_, ids)] in drawn(make(), 63, 64)] == windows[-8:]
 
 
@@ -3377,14 +4276,26 @@ def test_held_out_text_is_predicted_once_throughout(model):
     assert sum(map(train.learned_tokens, windows)) == len(predicted)
 
 
-@pytest.mark.parametrize("flags, expected", [
-    (dict(schedule="wsd", warmup_steps=10, decay_fraction=0.4, lr_final=0.2), {0: 0.1, 9: 1, 10: 1, 59: 1, 79: 0.6, 99: 0.2}),
-    (dict(schedule="wsd", warmup_steps=0, decay_fraction=1.0), {0: 0.99, 49: 0.5, 99: 0}),
-    (dict(schedule="cosine", max_steps=1100, warmup_steps=100), {0: 0.01, 99: 1, 349: (2 + 2**0.5) / 4, 599: 0.5, 1099: 0}),
-    (dict(schedule="cosine", max_steps=200, warmup_steps=0, lr_final=0.5), {49: 0.5 + (2 + 2**0.5) / 8, 99: 0.75, 199: 0.5}),
-    (dict(schedule="constant", warmup_steps=10, lr_final=0.2), {0: 0.1, 4: 0.5, 9: 1, 50: 1, 99: 1}),
-    (dict(schedule="constant", warmup_steps=0), {0: 1, 99: 1}),
-])
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (
+            dict(schedule="wsd", warmup_steps=10, decay_fraction=0.4, lr_final=0.2),
+            {0: 0.1, 9: 1, 10: 1, 59: 1, 79: 0.6, 99: 0.2},
+        ),
+        (dict(schedule="wsd", warmup_steps=0, decay_fraction=1.0), {0: 0.99, 49: 0.5, 99: 0}),
+        (
+            dict(schedule="cosine", max_steps=1100, warmup_steps=100),
+            {0: 0.01, 99: 1, 349: (2 + 2**0.5) / 4, 599: 0.5, 1099: 0},
+        ),
+        (
+            dict(schedule="cosine", max_steps=200, warmup_steps=0, lr_final=0.5),
+            {49: 0.5 + (2 + 2**0.5) / 8, 99: 0.75, 199: 0.5},
+        ),
+        (dict(schedule="constant", warmup_steps=10, lr_final=0.2), {0: 0.1, 4: 0.5, 9: 1, 50: 1, 99: 1}),
+        (dict(schedule="constant", warmup_steps=0), {0: 1, 99: 1}),
+    ],
+)
 def test_learning_rate(flags, expected):
     settings = train.Train(**dict(learning_rate=1.0, max_steps=100) | flags)
     assert {step: train.learning_rate(step, settings) for step in expected} == pytest.approx(expected, abs=1e-9)
@@ -3477,12 +4388,20 @@ def test_a_table_runs_each_row_with_three_seeds(table, rows, tmp_path, monkeypat
         assert command[1] == str(REPO / "train.py") and env["OMP_NUM_THREADS"] == "1"
         out = Path(flags["out_dir"])
         broken = fail and flags["out_dir"].endswith(fail[0])
-        score = {"n": 9, "exact": 0.1 * int(flags["seed"]) + 0.01 * len(flags.get("scan", "")), "tasks": {"read": {"exact": 0.5}}}
+        score = {
+            "n": 9,
+            "exact": 0.1 * int(flags["seed"]) + 0.01 * len(flags.get("scan", "")),
+            "tasks": {"read": {"exact": 0.5}},
+        }
         if table == "adapter":  # series are not answers
             score = {"n": 0, "exact": 0.0, "tasks": {}, "val_loss": int(flags["seed"]) / int(flags["adapter_scale"])}
-        steps = [{"step": n, "loss": 1.0, "seconds": 5.0 + 3.2 * n + (n == 4)} for n in range(7)]  # the evaluation behind one step is none of its time
+        steps = [
+            {"step": n, "loss": 1.0, "seconds": 5.0 + 3.2 * n + (n == 4)} for n in range(7)
+        ]  # the evaluation behind one step is none of its time
         (out / "ckpt.pt").touch()
-        (out / "log.jsonl").write_text("{" if broken else "".join(json.dumps(x) + "\n" for x in (*steps, {"step": 7, **score})))
+        (out / "log.jsonl").write_text(
+            "{" if broken else "".join(json.dumps(x) + "\n" for x in (*steps, {"step": 7, **score}))
+        )
         return SimpleNamespace(returncode=int(bool(broken)))
 
     monkeypatch.setattr(train.subprocess, "run", play)
@@ -3496,9 +4415,15 @@ def test_a_table_runs_each_row_with_three_seeds(table, rows, tmp_path, monkeypat
     assert len(commands) == 3 * rows - done  # what was done stays done
     assert any(flags["resume"] == "True" for flags in commands)  # what was broken goes on
     assert all(flags["max_steps"] == "7" and "ablate" not in flags for flags in commands)
-    assert len({flags["out_dir"] for flags in commands}) == len(commands) and {flags["seed"] for flags in commands} <= {"1", "2", "3"}
+    assert len({flags["out_dir"] for flags in commands}) == len(commands) and {flags["seed"] for flags in commands} <= {
+        "1",
+        "2",
+        "3",
+    }
     head, line, *lines = capsys.readouterr().out.splitlines()[-rows - 2 :]
-    assert head == ("| digits | loss | ms a sample |" if table == "adapter" else "| % exact on digits | all | read | ms a sample |")
+    assert head == (
+        "| digits | loss | ms a sample |" if table == "adapter" else "| % exact on digits | all | read | ms a sample |"
+    )
     assert line == "|---" * (head.count("|") - 1) + "|"
     for text, row in zip(lines, train.ABLATIONS[table], strict=True):
         loss = f"{2 / row['adapter_scale']:.4f} ± {1 / row['adapter_scale']:.4f}" if table == "adapter" else ""
@@ -3512,39 +4437,103 @@ def forecaster(tmp_path_factory):
     """(out_dir, folder) of a tiny model that has learned to go on with a sine."""
     folder = tmp_path_factory.mktemp("series")
     wave = lambda phase, n=200: [math.sin(i / 3 + phase) + 5 for i in range(n)]
-    data = jsonl(folder / "train.jsonl", *({"target": wave(phase)} for phase in range(20))), jsonl(folder / "val.jsonl", {"target": wave(0.5)})
-    flags = ("--series_encoder=wavenet", "--image_encoder=none", "--series_kernel=4", "--series_stride=4", "--lookback=48", "--horizon=8")
-    words = learn(folder / "out", data, *flags, "--max_steps=120", "--learning_rate=5e-3", "--warmup_steps=10", "--level_steps=0")
+    data = (
+        jsonl(folder / "train.jsonl", *({"target": wave(phase)} for phase in range(20))),
+        jsonl(folder / "val.jsonl", {"target": wave(0.5)}),
+    )
+    flags = (
+        "--series_encoder=wavenet",
+        "--image_encoder=none",
+        "--series_kernel=4",
+        "--series_stride=4",
+        "--lookback=48",
+        "--horizon=8",
+    )
+    words = learn(
+        folder / "out", data, *flags, "--max_steps=120", "--learning_rate=5e-3", "--warmup_steps=10", "--level_steps=0"
+    )
     (folder / "x.csv").write_text("t,a,b\n" + "".join(f"{i},{10 * y},{y}\n" for i, y in enumerate(wave(0.2, 100))))
     return folder, words, wave
 
 
 def test_one_model_sees_hears_and_forecasts(tmp_path):
     """Three data sets learned at once; then a picture, a sound and a series in one question, each of which the answer depends on."""
-    numbers, tones, wave = "one two three".split(), dict(low=300, high=2000), lambda phase, n=200: [math.sin(i / 3 + phase) + 5 for i in range(n)]
+    numbers, tones, wave = (
+        "one two three".split(),
+        dict(low=300, high=2000),
+        lambda phase, n=200: [math.sin(i / 3 + phase) + 5 for i in range(n)],
+    )
     for n, number in enumerate(numbers):
         bars(tmp_path / f"{number}.png", 2 * n + 1)
     for tone, hertz in tones.items():
-        soundfile.write(tmp_path / f"{tone}.wav", 0.5 * np.sin(2 * np.pi * hertz * np.arange(4800) / 16000) + 1e-3 * pixels(1, 4800), 16000)
+        soundfile.write(
+            tmp_path / f"{tone}.wav",
+            0.5 * np.sin(2 * np.pi * hertz * np.arange(4800) / 16000) + 1e-3 * pixels(1, 4800),
+            16000,
+        )
     seen = [talk("<image>\nHow many?", number, image=f"{number}.png", task="see") for number in numbers]
     heard = [talk("<audio>", tone, audio=f"{tone}.wav", task="hear") for tone in tones]
     ahead = [{"target": wave(phase)} for phase in range(5)]
     both = [
-        talk("<series><image><audio>\nBoth?", f"{number} {tone}", image=f"{number}.png", audio=f"{tone}.wav", series=wave(i, 48), task="both")
+        talk(
+            "<series><image><audio>\nBoth?",
+            f"{number} {tone}",
+            image=f"{number}.png",
+            audio=f"{tone}.wav",
+            series=wave(i, 48),
+            task="both",
+        )
         for i, (number, tone) in enumerate(itertools.product(numbers, tones))
     ]
-    files = [jsonl(tmp_path / f"{name}.jsonl", *records) for name, records in dict(seen=seen, heard=heard, ahead=ahead, both=both).items()]
-    encoders = ("--audio_encoder=mel", "--series_encoder=wavenet", "--encoder_width=32", "--series_kernel=4", "--series_stride=4")
+    files = [
+        jsonl(tmp_path / f"{name}.jsonl", *records)
+        for name, records in dict(seen=seen, heard=heard, ahead=ahead, both=both).items()
+    ]
+    encoders = (
+        "--audio_encoder=mel",
+        "--series_encoder=wavenet",
+        "--encoder_width=32",
+        "--series_kernel=4",
+        "--series_stride=4",
+    )
     data, out = (",".join(map(str, files)), jsonl(tmp_path / "val.jsonl", *both, *seen, *heard)), tmp_path / "out"
-    learn(out, data, *encoders, "--lookback=48", "--horizon=8", "--max_steps=200", "--warmup_steps=10", "--level_steps=0", "--batch_size=16")
+    learn(
+        out,
+        data,
+        *encoders,
+        "--lookback=48",
+        "--horizon=8",
+        "--max_steps=200",
+        "--warmup_steps=10",
+        "--level_steps=0",
+        "--batch_size=16",
+    )
     assert {task: score["exact"] for task, score in log(out)[-1]["tasks"].items()} == dict(both=1, hear=1, see=1)
-    model, files = load(out), lambda number, tone: (("image", tmp_path / f"{number}.png"), ("audio", tmp_path / f"{tone}.wav"), ("series", wave(1, 48)))
+    model, files = (
+        load(out),
+        lambda number, tone: (
+            ("image", tmp_path / f"{number}.png"),
+            ("audio", tmp_path / f"{tone}.wav"),
+            ("series", wave(1, 48)),
+        ),
+    )
     assert (model.forecast([wave(0.2, 100)])[0] - torch.tensor(wave(0.2, 108)[100:])).abs().mean() < 0.3
-    asked = files("one", "low"), files("two", "low"), files("one", "high"), (*files("one", "low")[:2], ("series", wave(2, 48)))
+    asked = (
+        files("one", "low"),
+        files("two", "low"),
+        files("one", "high"),
+        (*files("one", "low")[:2], ("series", wave(2, 48))),
+    )
     logits = [model([model.question("<series><image><audio>\nBoth?", media)])[0][0, -1] for media in asked]
     assert all(distance(other, logits[0]) > 1e-4 for other in logits[1:])
     (tmp_path / "x.csv").write_text("y\n" + "".join(f"{y}\n" for y in wave(1, 48)))
-    asked = [f"--out_dir={out}", *(f"--{kind}={tmp_path / name}" for kind, name in dict(image="three.png", audio="high.wav", series="x.csv").items())]
+    asked = [
+        f"--out_dir={out}",
+        *(
+            f"--{kind}={tmp_path / name}"
+            for kind, name in dict(image="three.png", audio="high.wav", series="x.csv").items()
+        ),
+    ]
     assert said(sample.main, *asked, "--prompt=<series><image><audio>\nBoth?").strip() == "three high"
 
 
@@ -3553,8 +4542,15 @@ def test_a_model_learns_to_forecast(forecaster):
     assert "held-out loss 0.0" in words and "--series=NUMBERS.csv" in words.splitlines()[-1]
     y = load(folder / "out" / "ckpt.pt").forecast([wave(0.2, 100)])[0]
     assert (y - torch.tensor(wave(0.2, 108)[100:])).abs().mean() < 0.25
-    said(sample.main, f"--out_dir={folder / 'out'}", f"--series={folder / 'x.csv'},{folder / 'x.csv'}#a", f"--plot={folder / 'x.png'}")
-    b, a = said(sample.main, f"--out_dir={folder / 'out'}", f"--series={folder / 'x.csv'},{folder / 'x.csv'}#a").splitlines()
+    said(
+        sample.main,
+        f"--out_dir={folder / 'out'}",
+        f"--series={folder / 'x.csv'},{folder / 'x.csv'}#a",
+        f"--plot={folder / 'x.png'}",
+    )
+    b, a = said(
+        sample.main, f"--out_dir={folder / 'out'}", f"--series={folder / 'x.csv'},{folder / 'x.csv'}#a"
+    ).splitlines()
     assert [float(x) for x in b.split()[1:]] == pytest.approx(y.tolist(), rel=1e-4)
     assert [float(x) for x in a.split()[1:]] == pytest.approx((10 * y).tolist(), rel=1e-4)
     with Image.open(folder / "x.png") as image:
@@ -3562,14 +4558,20 @@ def test_a_model_learns_to_forecast(forecaster):
 
 
 def test_series_settings_that_cannot_be():
-    changes = ({"series_stride": 9}, "series_kernel=6"), ({"series_kernel": 60}, "48 vectors"), ({"series_encoder": "x"}, "wavenet, timer, none")
+    changes = (
+        ({"series_stride": 9}, "series_kernel=6"),
+        ({"series_kernel": 60}, "48 vectors"),
+        ({"series_encoder": "x"}, "wavenet, timer, none"),
+    )
     for change, words in changes:
         assert words in refusal(ModRWKV, dataclasses.replace(SMALL, **change))
 
 
 def test_word_and_character_errors():
     pairs = [("Four zero, seven!", "four zero seven"), ("one too", "one two three"), ("a b", "b"), ("anything", "...")]
-    got = sample.errors(pairs)  # 7 words: one substituted, one missing, one too many; of 24 characters w, three, and an a
+    got = sample.errors(
+        pairs
+    )  # 7 words: one substituted, one missing, one too many; of 24 characters w, three, and an a
     assert got == {"wer": 3 / 7, "cer": pytest.approx(7 / 25), "substitutions": 1, "deletions": 1, "insertions": 1}
     assert sample.errors([("x", "?!")])["wer"] == 1 and sample.errors([("a", "!")]) == {}
     record = talk("<audio>", "one two three", audio="x.wav", task="speech")
@@ -3581,13 +4583,21 @@ def test_the_benchmark_is_every_window_of_the_test_split(forecaster):
     folder, _, wave = forecaster
     rng = np.random.RandomState(0)
     x = np.stack([10 * np.array(wave(1, 400)), rng.randn(400).cumsum()], 1)
-    (folder / "data.csv").write_text("date,a,b\n" + "".join(f"d{i},{a!r},{b!r}\n" for i, (a, b) in enumerate(x.tolist())))
-    scores = json.loads(said(sample.main, f"--out_dir={folder / 'out'}", f"--eval={folder / 'data.csv'}").splitlines()[-1])
+    (folder / "data.csv").write_text(
+        "date,a,b\n" + "".join(f"d{i},{a!r},{b!r}\n" for i, (a, b) in enumerate(x.tolist()))
+    )
+    scores = json.loads(
+        said(sample.main, f"--out_dir={folder / 'out'}", f"--eval={folder / 'data.csv'}").splitlines()[-1]
+    )
     model = load(folder / "out" / "ckpt.pt")
     z = (x - x[:280].mean(0)) / x[:280].std(0)
     windows = [z[i : i + 56, c] for c in range(2) for i in range(320 - 48, 400 - 56 + 1)]
     assert scores["windows"] == len(windows) == 146
-    naive = {"repeat the last point": lambda w: w[47], "repeat the last 24": lambda w: w[24:32], "mean of the lookback": lambda w: w[:48].mean()}
+    naive = {
+        "repeat the last point": lambda w: w[47],
+        "repeat the last 24": lambda w: w[24:32],
+        "mean of the lookback": lambda w: w[:48].mean(),
+    }
     for name, guess in naive.items():
         assert scores[name]["mse"] == pytest.approx(np.mean([(w[48:] - guess(w)) ** 2 for w in windows]), rel=1e-6)
         assert scores[name]["mae"] == pytest.approx(np.mean([np.abs(w[48:] - guess(w)) for w in windows]), rel=1e-6)
@@ -3602,7 +4612,9 @@ ETT = REPO.parent / "shared/data/ett/ETTh1.csv"
 
 @pytest.mark.skipif(not ETT.exists(), reason="ETTh1.csv is not at hand")
 def test_the_naive_forecasts_of_etth1_are_those_that_are_published():
-    scores = json.loads(said(lambda argv: print(json.dumps(sample.benchmark(Naive(), str(ETT), 1024))), "").splitlines()[-1])
+    scores = json.loads(
+        said(lambda argv: print(json.dumps(sample.benchmark(Naive(), str(ETT), 1024))), "").splitlines()[-1]
+    )
     assert scores["windows"] == 7 * 2785
     known = {"repeat the last point": 1.2944, "repeat the last 24": 0.5122, "mean of the lookback": 0.7217}
     assert {name: round(scores[name]["mse"], 4) for name in known} == known
@@ -3617,7 +4629,9 @@ def test_the_last_line_names_the_next_command(trained, counting):
     out, words, model = trained
     command = shlex.split(words.splitlines()[-1])
     assert command[:3] == ["python", "sample.py", f"--out_dir={out}"]
-    question = model.question("<image>\nHow many?", [("image", counting[0].parent / "1.png")])  # of the first held-out record
+    question = model.question(
+        "<image>\nHow many?", [("image", counting[0].parent / "1.png")]
+    )  # of the first held-out record
     assert said(sample.main, *command[2:]).strip() == "".join(answer(model, question)[0]).strip()
 
 
@@ -3625,8 +4639,19 @@ def test_what_to_ask_next(tmp_path):
     at = lambda **record: dict(record, _folder=os.path.join(os.getcwd(), "x"))
     assert train.asking(at(text="a")).startswith("--raw ") and train.asking(at(target=[1, 2])) == "--series=NUMBERS.csv"
     assert train.asking(at(**talk("<audio>", "a", audio="y z.wav"))) == "--audio='x/y z.wav'"
-    two = talk("<image> and <audio><image>: what's that?", "a", "<image>?", "b", image=["1.png", "2.png", "3.png"], audio="a.wav")
-    assert shlex.split(train.asking(at(**two))) == ["--image=x/1.png,x/2.png", "--audio=x/a.wav", "--prompt=<image> and <audio><image>: what's that?"]
+    two = talk(
+        "<image> and <audio><image>: what's that?",
+        "a",
+        "<image>?",
+        "b",
+        image=["1.png", "2.png", "3.png"],
+        audio="a.wav",
+    )
+    assert shlex.split(train.asking(at(**two))) == [
+        "--image=x/1.png,x/2.png",
+        "--audio=x/a.wav",
+        "--prompt=<image> and <audio><image>: what's that?",
+    ]
     assert train.asking(at(**talk("<series>\nUp?", "a", series=[1, 2]))) == "--series=NUMBERS.csv --prompt='Up?'"
 
 
@@ -3641,11 +4666,21 @@ def test_a_second_run_does_not_touch_the_first(trained, counting):
 
 def test_a_language_model_is_given_the_eyes_that_suit_the_data(trained, counting, tmp_path, monkeypatch):
     """Those of a model that sees already stay as they are."""
-    suited = dict(image_encoder="patch", image_height=16, patch_height=16, conv_kernel=0, prompt_style="last", n_layer=7)
+    suited = dict(
+        image_encoder="patch", image_height=16, patch_height=16, conv_kernel=0, prompt_style="last", n_layer=7
+    )
     monkeypatch.setitem(train.SUITED, str(counting[0]), suited)
     save(tmp_path / "lm.pt", ModRWKV(Config(n_layer=1, n_embd=64, image_encoder="none")))
     small = lambda out: [getattr(load(tmp_path / out).config, name) for name in suited]
-    learn(tmp_path / "a", counting, f"--init_from={tmp_path / 'lm.pt'}", "--n_layer=1", "--head_size=64", "--conv_kernel=2", "--max_steps=1")
+    learn(
+        tmp_path / "a",
+        counting,
+        f"--init_from={tmp_path / 'lm.pt'}",
+        "--n_layer=1",
+        "--head_size=64",
+        "--conv_kernel=2",
+        "--max_steps=1",
+    )
     assert small("a") == ["patch", 16, 16, 2, "last", 1]
     learn(tmp_path / "b", counting, f"--init_from={trained[0] / 'ckpt.pt'}", "--max_steps=1")
     assert small("b") == [getattr(trained[2].config, name) for name in suited] != small("a")
@@ -3654,7 +4689,14 @@ def test_a_language_model_is_given_the_eyes_that_suit_the_data(trained, counting
 @pytest.mark.parametrize("phase", ["adapter", "all"])
 def test_phases(phase, counting, trained, tmp_path):
     """What a phase trains, from the weights and with the batch that it should begin with."""
-    learn(tmp_path, counting, f"--init_from={trained[0] / 'ckpt.pt'}", f"--phase={phase}", "--warmup_steps=0", "--max_steps=3")
+    learn(
+        tmp_path,
+        counting,
+        f"--init_from={trained[0] / 'ckpt.pt'}",
+        f"--phase={phase}",
+        "--warmup_steps=0",
+        "--max_steps=3",
+    )
     before, after = kept(trained[0]), kept(tmp_path)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in after if phase == "all" or name.startswith(("encoder.", "adapter."))}
@@ -3700,7 +4742,14 @@ def test_text_alone(tmp_path):
     for path in (*REPO.glob("*.py"), *REPO.glob("*.cu"), REPO / "data/shakespeare/prepare.py"):
         shutil.copy(path, tmp_path / path.relative_to(REPO))
     (folder / "tinyshakespeare.txt").write_text(PLAY, encoding="utf-8")  # so nothing is downloaded
-    flags = ("--data=shakespeare", "--out_dir=plays", "--max_steps=30", "--ctx_len=32", "--warmup_steps=5", "--learning_rate=5e-3")
+    flags = (
+        "--data=shakespeare",
+        "--out_dir=plays",
+        "--max_steps=30",
+        "--ctx_len=32",
+        "--warmup_steps=5",
+        "--learning_rate=5e-3",
+    )
     result = run(["train.py", *TINY, *flags], cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     [first], [last] = (read_records(folder / f"{name}.jsonl") for name in ("train", "val"))
@@ -3720,7 +4769,10 @@ def whole(digits):
     """(out_dir, data, flags but for save_interval) of a run that nobody interrupts; two records take little time to score."""
     two = digits.parent / "two.jsonl"
     jsonl(two, *(r | {"image": str(digits / r["image"])} for r in read_records(digits / "val.jsonl")[:2]))
-    data, flags = (digits / "train.jsonl", two), ("--max_steps=30", "--grad_accum=2", "--level_steps=8", "--warmup_steps=5")
+    data, flags = (
+        (digits / "train.jsonl", two),
+        ("--max_steps=30", "--grad_accum=2", "--level_steps=8", "--warmup_steps=5"),
+    )
     flags += ("--lr_final=1e-4", "--eval_interval=12", "--optimizer=muon")  # and AdamW for the rest
     learn(digits.parent / "whole", data, *flags, "--save_interval=5")
     return digits.parent / "whole", data, flags
@@ -3730,7 +4782,9 @@ def stop_at(step, how, out, *flags):
     """Starts train.py and sends it a signal as soon as the log of `out` says that `step` is done; returns what it has said."""
     command = [sys.executable, str(REPO / "train.py"), *flags, f"--out_dir={out}"]
     heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background ignores it
-    process = subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heed)
+    process = subprocess.Popen(
+        command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heed
+    )
     try:
         done = 0
         while done < step and process.poll() is None:
@@ -3742,7 +4796,9 @@ def stop_at(step, how, out, *flags):
         words, _ = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130}[how], words  # or it ended by itself
+    assert process.returncode == {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130}[how], (
+        words
+    )  # or it ended by itself
     return words
 
 
@@ -3755,7 +4811,9 @@ def assert_same_run(a, b):
 
 def test_interrupted_before_the_first_checkpoint(whole, tmp_path):
     out, data = tmp_path / "out", whole[1]
-    words = stop_at(3, signal.SIGINT, out, *TINY, f"--data={data[0]}", f"--val_data={data[1]}", *whole[2], "--save_interval=25")
+    words = stop_at(
+        3, signal.SIGINT, out, *TINY, f"--data={data[0]}", f"--val_data={data[1]}", *whole[2], "--save_interval=25"
+    )
     assert "Traceback" not in words and "--resume" not in words  # no advice that cannot be followed
     assert str(out / "ckpt.pt") in refusal(train.main, ["--resume", f"--out_dir={out}"])
     learn(out, data, *whole[2], "--save_interval=25")  # afresh, and what the log said is forgotten
@@ -3764,7 +4822,9 @@ def test_interrupted_before_the_first_checkpoint(whole, tmp_path):
 
 def test_interrupted_killed_and_resumed(whole, tmp_path):
     out, data = tmp_path / "out", whole[1]
-    words = stop_at(7, signal.SIGINT, out, *TINY, f"--data={data[0]}", f"--val_data={data[1]}", *whole[2], "--save_interval=5")
+    words = stop_at(
+        7, signal.SIGINT, out, *TINY, f"--data={data[0]}", f"--val_data={data[1]}", *whole[2], "--save_interval=5"
+    )
     assert "Traceback" not in words and f"--out_dir={out} --resume" in words
     stop_at(18, signal.SIGKILL, out, "--resume")
     with open(out / "log.jsonl", "a") as f:
@@ -3778,7 +4838,9 @@ def test_interrupted_killed_and_resumed(whole, tmp_path):
 def test_resume_keeps_the_settings_and_refuses_another_model(whole, tmp_path):
     out = tmp_path / "more"
     shutil.copytree(whole[0], out)
-    assert "n_embd=64" in refusal(train.main, ["--resume", f"--out_dir={out}", "--n_embd=128"]) and contents(out) == contents(whole[0])
+    assert "n_embd=64" in refusal(train.main, ["--resume", f"--out_dir={out}", "--n_embd=128"]) and contents(
+        out
+    ) == contents(whole[0])
     said(train.main, "--resume", f"--out_dir={out}", "--max_steps=33")
     assert column(out, "loss")[:30] == column(whole[0], "loss") and len(column(out, "loss")) == 33
     old, new = kept(whole[0], "train"), kept(out, "train")
@@ -3798,7 +4860,11 @@ def test_a_run_that_was_killed_while_it_was_scored_is_scored(whole, tmp_path):
 def test_the_learning_rate_of_a_run(whole):
     """As the log says it, and as the optimizer's last step was made."""
     peak, final = 2e-3, 1e-4
-    expected = [peak * n / 5 for n in range(1, 6)] + [peak] * 10 + [final + (peak - final) * (1 - n / 15) for n in range(1, 16)]
+    expected = (
+        [peak * n / 5 for n in range(1, 6)]
+        + [peak] * 10
+        + [final + (peak - final) * (1 - n / 15) for n in range(1, 16)]
+    )
     assert column(whole[0], "lr") == pytest.approx(expected, rel=1e-9)
     rates = [[group["lr"] for group in optimizer["param_groups"]] for optimizer in kept(whole[0], "optimizer")]
     assert rates == [pytest.approx([final, 2 * final, final], rel=1e-9), pytest.approx([final], rel=1e-9)]
@@ -3836,7 +4902,10 @@ def unequal(tmp_path_factory):
         letter, question = chr(97 + i % 8), "x" * rng.randint(1, 80)
         answer = letter * rng.choice((1, 40))
         bars(folder / f"{i}.png", i % 8 + 1)
-        seen, plain = talk(f"<image>{question}", answer, image=f"{i}.png"), {"text": letter * len(question), "conversations": None}
+        seen, plain = (
+            talk(f"<image>{question}", answer, image=f"{i}.png"),
+            {"text": letter * len(question), "conversations": None},
+        )
         records.append(rng.choice((seen, talk(question, answer), talk(question, answer), plain)))
     (folder / "a.json").write_text(json.dumps(records))
     data = folder / "a.json", jsonl(folder / "val.jsonl", *records[:3], {"text": "hold me"})
@@ -3846,12 +4915,16 @@ def unequal(tmp_path_factory):
 
 
 def assert_equal_runs(a, b):
-    for key, tolerance in dict(loss={"abs": 1e-5}, val_loss={"abs": 1e-5}, grad_norm={"rel": 1e-4}, tokens={"abs": 0}).items():
+    for key, tolerance in dict(
+        loss={"abs": 1e-5}, val_loss={"abs": 1e-5}, grad_norm={"rel": 1e-4}, tokens={"abs": 0}
+    ).items():
         assert column(a, key) == pytest.approx(column(b, key), **tolerance) and column(a, key)
 
 
 def micro_batches(path, rank, world, grad_accum):
-    b = train.Batches(read_records(path), train.Train(batch_size=16, grad_accum=grad_accum), ModRWKV(Config(n_layer=1, n_embd=64)))
+    b = train.Batches(
+        read_records(path), train.Train(batch_size=16, grad_accum=grad_accum), ModRWKV(Config(n_layer=1, n_embd=64))
+    )
     return [b(step, rank, world) for step in range(12)]
 
 
@@ -3865,16 +4938,31 @@ def test_micro_batches_change_nothing(unequal, tmp_path):
 
 def test_what_cannot_fit_is_refused_before_it_begins(counting, tmp_path, monkeypatch):
     told = re.search(r"memory: about (.*) GiB.*, of (.*)", learn(tmp_path / "a", counting, "--max_steps=1"))
-    assert 0.001 < float(told[1]) < 0.1 and float(told[2]) == pytest.approx(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, rel=0.01)
+    assert 0.001 < float(told[1]) < 0.1 and float(told[2]) == pytest.approx(
+        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, rel=0.01
+    )
     monkeypatch.setattr(train, "memory", lambda device: float(told[1]) * 2**30 * 0.9)
     message = refusal(learn, tmp_path / "b", counting, "--max_steps=1")
-    assert not [word for word in f"memory {told[1]} --batch_size --grad_accum --checkpoint_activations --shard".split() if word not in message]
+    assert not [
+        word
+        for word in f"memory {told[1]} --batch_size --grad_accum --checkpoint_activations --shard".split()
+        if word not in message
+    ]
     assert not os.listdir(tmp_path / "b")
     learn(tmp_path / "c", counting, "--max_steps=1", "--batch_size=8", "--grad_accum=4", "--checkpoint_activations")
 
 
 def two_processes(out, data, *flags):
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", REPO / "train.py", *TINY, "--grad_accum=2", *flags]
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        REPO / "train.py",
+        *TINY,
+        "--grad_accum=2",
+        *flags,
+    ]
     result = run([*command, f"--data={data[0]}", f"--val_data={data[1]}", f"--out_dir={out}"], cwd=out.parent)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("2 processes") == result.stdout.count("held-out loss") == 1  # one process speaks
@@ -3917,16 +5005,24 @@ def test_one_process_goes_on_with_shards_and_two_with_the_whole(phase, optimizer
         learn(tmp_path / "parts", data, *flags, "--max_steps=8")
         two_processes(tmp_path / "parts", data, *flags, "--resume", "--shard")
     for key in ("loss", "grad_norm"):
-        assert column(tmp_path / "parts", key) == pytest.approx(column(tmp_path / "whole", key), rel=5e-3 if optimizer == "muon" else 1e-4)
+        assert column(tmp_path / "parts", key) == pytest.approx(
+            column(tmp_path / "whole", key), rel=5e-3 if optimizer == "muon" else 1e-4
+        )
     if optimizer == "adamw":
-        assert column(tmp_path / "parts", "val_loss")[-1] == pytest.approx(column(tmp_path / "whole", "val_loss")[-1], abs=1e-5)
+        assert column(tmp_path / "parts", "val_loss")[-1] == pytest.approx(
+            column(tmp_path / "whole", "val_loss")[-1], abs=1e-5
+        )
 
 
 # ---------------------------------------------------------------------------------------------- sample.py
 
 
 def test_score():
-    records = [talk("q", "12", "q", " 12 ", task="read"), talk("q", "7", task="read"), talk("q", "yes", "q", "no", task="even")]
+    records = [
+        talk("q", "12", "q", " 12 ", task="read"),
+        talk("q", "7", task="read"),
+        talk("q", "yes", "q", "no", task="even"),
+    ]
     result = sample.score(records, ["12", "1", "9", "yes", "nope"])
     tasks = result.pop("tasks")
     assert tasks["read"] == {"n": 3, "exact": 1 / 3, "chars": 3 / 5, "majority": 2 / 3}
@@ -3947,7 +5043,13 @@ def test_eval_answers_each_question(how, trained, counting):
             answers.append("".join(answer(model, segments, **how)[0]).strip())
     assert len(set(answers)) > 2 and sample.ask(model, records, 7, **how) == answers
     assert (sample.ask(model, records, 7, **how | {"seed": 4}) != answers) == ("seed" in how)
-    printed = said(sample.main, f"--out_dir={out}", f"--eval={counting[0]}", "--batch_size=7", *(f"--{k}={v}" for k, v in how.items()))
+    printed = said(
+        sample.main,
+        f"--out_dir={out}",
+        f"--eval={counting[0]}",
+        "--batch_size=7",
+        *(f"--{k}={v}" for k, v in how.items()),
+    )
     assert json.loads(printed.splitlines()[-1]) == sample.score(records, answers)
 
 
@@ -3965,7 +5067,12 @@ def test_chat_keeps_the_state(trained, counting, monkeypatch):
     assert second == ask(model.segments([("<image> How many?", "".join(first)), ("Loud?", None)], media))[0]
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"<{media[0][1]}> How many?\n<gone.png>?\nLoud?\n\n"))
     chat = said(sample.main, f"--out_dir={out}", "--chat", "--max_new_tokens=30")
-    assert [x.strip() for x in chat.split("> ")[-4:]] == ["".join(first).strip(), "", "".join(second).strip(), ""]  # an error ends nothing
+    assert [x.strip() for x in chat.split("> ")[-4:]] == [
+        "".join(first).strip(),
+        "",
+        "".join(second).strip(),
+        "",
+    ]  # an error ends nothing
 
 
 def test_an_answer_is_streamed(trained, monkeypatch):
@@ -3982,13 +5089,16 @@ def test_an_answer_is_streamed(trained, monkeypatch):
 CUT = stored(noise(40, 40), io.BytesIO(), format="PNG").getvalue()[:2000]
 
 
-@pytest.mark.parametrize("reader,name,contents", [
-    (read_records, "x.jsonl", [b"", b"\n\n", b'{"text": "\xff"}\n']),
-    (read_records, "x.json", [b"[]", b"{}", b"[{"]),
-    (get_tokenizer, "vocabulary", [b"\x80\x02\xff" * 100]),
-    (WHOLE.load, "x.png", [b"", b"no picture", CUT]),
-    (load, "x.pt", [b"", b"no checkpoint"]),
-])
+@pytest.mark.parametrize(
+    "reader,name,contents",
+    [
+        (read_records, "x.jsonl", [b"", b"\n\n", b'{"text": "\xff"}\n']),
+        (read_records, "x.json", [b"[]", b"{}", b"[{"]),
+        (get_tokenizer, "vocabulary", [b"\x80\x02\xff" * 100]),
+        (WHOLE.load, "x.png", [b"", b"no picture", CUT]),
+        (load, "x.pt", [b"", b"no checkpoint"]),
+    ],
+)
 def test_files_that_cannot_be_read(reader, name, contents, tmp_path):
     paths = [tmp_path, tmp_path / f"missing-{name}"]
     for i, content in enumerate(contents):
@@ -4016,7 +5126,10 @@ def test_bad_records(name, odd, trained, tmp_path, monkeypatch):
     good, bad = (talk("<image>\nHow many?", "one", image=str(odd / x)) for x in ("good.png", name))
     path = jsonl(tmp_path / "bad.jsonl", good, good, bad if "." in name else {"id": 1}, good)
     trains = [*TINY, f"--data={path}", f"--val_data={odd / 'texts.jsonl'}", f"--out_dir={tmp_path / 'out'}"]
-    for main, args in ((train.main, trains), (sample.main, [f"--out_dir={trained[0]}", f"--eval={path}", "--max_new_tokens=3"])):
+    for main, args in (
+        (train.main, trains),
+        (sample.main, [f"--out_dir={trained[0]}", f"--eval={path}", "--max_new_tokens=3"]),
+    ):
         message = refusal(main, args)
         assert f"{path}, line 3" in message and (name in message or name == "no record")
     assert not (tmp_path / "out/ckpt.pt").exists()
@@ -4025,11 +5138,28 @@ def test_bad_records(name, odd, trained, tmp_path, monkeypatch):
 COUNTED = "max_steps batch_size grad_accum ctx_len eval_interval eval_samples save_interval n_layer n_embd head_size "
 COUNTED += "image_height patch_height patch_width encoder_width conv_stride adapter_scale"
 OF_TRAIN = {f"--{name}=0": f"{name}=0" for name in COUNTED.split()}
-OF_TRAIN |= {"--data=nothing": "--data=nothing digits shakespeare", "--data=no/thing": "--data=no/thing", "--data=no.jsonl": "no.jsonl"}
+OF_TRAIN |= {
+    "--data=nothing": "--data=nothing digits shakespeare",
+    "--data=no/thing": "--data=no/thing",
+    "--data=no.jsonl": "no.jsonl",
+}
 OF_TRAIN |= {"--val_data=no.jsonl": "no.jsonl", "--init_from=no.pt": "no.pt", "--init_from=good.jsonl": "good.jsonl"}
-OF_TRAIN |= {"--out_dir=good.jsonl": "good.jsonl", "--resume": "ckpt.pt", "--device=foo": "foo", "--tokenizer=foo": "foo gpt2"}
-OF_TRAIN |= {"--phase=foo": "--phase=foo adapter", "--schedule=foo": "--schedule=foo cosine", "--dtype=foo": "--dtype=foo bfloat16"}
-OF_TRAIN |= {"--template=foo": "template=foo v3", "--image_encoder=foo": "image_encoder=foo patch", "--head_size=48": "head_size=48 64"}
+OF_TRAIN |= {
+    "--out_dir=good.jsonl": "good.jsonl",
+    "--resume": "ckpt.pt",
+    "--device=foo": "foo",
+    "--tokenizer=foo": "foo gpt2",
+}
+OF_TRAIN |= {
+    "--phase=foo": "--phase=foo adapter",
+    "--schedule=foo": "--schedule=foo cosine",
+    "--dtype=foo": "--dtype=foo bfloat16",
+}
+OF_TRAIN |= {
+    "--template=foo": "template=foo v3",
+    "--image_encoder=foo": "image_encoder=foo patch",
+    "--head_size=48": "head_size=48 64",
+}
 OF_TRAIN |= {f"--{size}": size for size in ("image_height=40", "patch_height=20", "patch_width=6")}
 OF_TRAIN |= {"--grad_accum=3": "--batch_size=8 --grad_accum=3", "--learning_rate=1e30": "loss --learning_rate"}
 OF_TRAIN |= {"--image_encoder=none": "good.jsonl line good.png"}
@@ -4038,15 +5168,29 @@ OF_TRAIN |= {"--image_encoder=none": "good.jsonl line good.png"}
 @pytest.mark.parametrize("flag", OF_TRAIN)
 def test_bad_flags_of_train(flag, odd, tmp_path, monkeypatch):
     monkeypatch.chdir(odd)
-    defaults = ["--data=good.jsonl", "--val_data=texts.jsonl", f"--out_dir={tmp_path}", "--max_steps=5", "--warmup_steps=0"]
+    defaults = [
+        "--data=good.jsonl",
+        "--val_data=texts.jsonl",
+        f"--out_dir={tmp_path}",
+        "--max_steps=5",
+        "--warmup_steps=0",
+    ]
     message = refusal(train.main, [*TINY, *defaults, flag])
     assert not [word for word in OF_TRAIN[flag].split() if word not in message]
 
 
-OF_SAMPLE = {"--out_dir=nowhere": "nowhere train.py", "--out_dir=.": "ckpt.pt train.py", "--out_dir=good.jsonl": "good.jsonl"}
+OF_SAMPLE = {
+    "--out_dir=nowhere": "nowhere train.py",
+    "--out_dir=.": "ckpt.pt train.py",
+    "--out_dir=good.jsonl": "good.jsonl",
+}
 OF_SAMPLE |= {"": "--prompt --chat --eval", "--prompt=Hi --device=foo": "foo", "--prompt=Hi --tokenizer=foo": "foo"}
 OF_SAMPLE |= {"--prompt=<image><image> --image=good.png": "<image>", "--prompt=Hi --image=gone.png": "gone.png"}
-OF_SAMPLE |= {"--eval=no.jsonl": "no.jsonl", "--eval=texts.jsonl": "texts.jsonl", "--eval=good.jsonl --batch_size=0": "batch_size"}
+OF_SAMPLE |= {
+    "--eval=no.jsonl": "no.jsonl",
+    "--eval=texts.jsonl": "texts.jsonl",
+    "--eval=good.jsonl --batch_size=0": "batch_size",
+}
 OF_SAMPLE |= {f"--eval=good.jsonl {other}": "--eval" for other in ("--prompt=Hi", "--image=good.png", "--chat")}
 OF_SAMPLE |= {"--raw --image=good.png": "--raw", "--raw --chat": "--raw"}
 

@@ -26,7 +26,9 @@ def utterances(folder, out):
     for archive in sorted(folder.rglob("*.tar.gz")):
         if archive.name.split(".")[0] not in speakers:
             speech["unpack"](archive, os.path.join(out, "wav", archive.name.split(".")[0]))
-    sounds = {path.stem: path for place in (folder, Path(out, "wav").absolute()) for path in sorted(place.rglob("*.wav"))}
+    sounds = {
+        path.stem: path for place in (folder, Path(out, "wav").absolute()) for path in sorted(place.rglob("*.wav"))
+    }
     found = []
     for n, line in enumerate(transcript.read_text(encoding="utf-8").splitlines(), 1):
         name, *words = line.split() or [""]

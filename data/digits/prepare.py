@@ -88,13 +88,28 @@ def write(out, name, scans, labels, n, rng, augment):
                 ask, answer = QUESTIONS[task]
                 turns += [{"from": "human", "value": rng.choice(ask)}, {"from": "gpt", "value": answer(digits)}]
             turns[0]["value"] = "<image>\n" + turns[0]["value"]
-            record = {"id": f"{name}-{i}", "image": f"{name}/{i}.png", "task": tasks[0], "level": level, "conversations": turns}
+            record = {
+                "id": f"{name}-{i}",
+                "image": f"{name}/{i}.png",
+                "task": tasks[0],
+                "level": level,
+                "conversations": turns,
+            }
             f.write(json.dumps(record) + "\n")
             if augment and i % 4 == 0:  # a number in print: what to do with digits is learned before they can be read
-                digits, task = "".join(rng.choices("0123456789", k=rng.randint(2, 5))), rng.choices(list(QUESTIONS), (0, 1, 4, 2))[0]
+                digits, task = (
+                    "".join(rng.choices("0123456789", k=rng.randint(2, 5))),
+                    rng.choices(list(QUESTIONS), (0, 1, 4, 2))[0],
+                )
                 ask, answer = QUESTIONS[task]
-                turns = [{"from": "human", "value": f"{digits}\n{rng.choice(ask)}"}, {"from": "gpt", "value": answer(digits)}]
-                f.write(json.dumps({"id": f"{name}-{i}t", "task": task, "level": len(digits), "conversations": turns}) + "\n")
+                turns = [
+                    {"from": "human", "value": f"{digits}\n{rng.choice(ask)}"},
+                    {"from": "gpt", "value": answer(digits)},
+                ]
+                f.write(
+                    json.dumps({"id": f"{name}-{i}t", "task": task, "level": len(digits), "conversations": turns})
+                    + "\n"
+                )
     os.replace(f.name, f.name.removesuffix(".partial"))
 
 
@@ -107,5 +122,13 @@ if __name__ == "__main__":
     args = parser.parse_args()
     data = load_digits()
     write(args.out, "train", data.images[:CUT], data.target[:CUT], args.pictures, random.Random(args.seed), True)
-    write(args.out, "val", data.images[CUT:], data.target[CUT:], max(1, args.pictures // 10), random.Random(args.seed + 1), False)
+    write(
+        args.out,
+        "val",
+        data.images[CUT:],
+        data.target[CUT:],
+        max(1, args.pictures // 10),
+        random.Random(args.seed + 1),
+        False,
+    )
     print(f"{args.pictures} pictures for training, {max(1, args.pictures // 10)} of other writers for validation")

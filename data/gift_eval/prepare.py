@@ -58,7 +58,11 @@ if __name__ == "__main__":
                 print(json.dumps({"item_id": item_id, "target": points}), file=files[part])
                 written[part] += 1
     if not all(written):
-        sys.exit(f"error: {' '.join(args.paths)} has {len(places)} records that can be used, which is too few to hold some out")
+        sys.exit(
+            f"error: {' '.join(args.paths)} has {len(places)} records that can be used, which is too few to hold some out"
+        )
     for path in paths:
         os.replace(f"{path}.partial", path)
-    print(f"{written[0]:,} series for training, {written[1]:,} held out; {left_out:,} left out as too short or of one value only")
+    print(
+        f"{written[0]:,} series for training, {written[1]:,} held out; {left_out:,} left out as too short or of one value only"
+    )

@@ -57,7 +57,9 @@ def write(out, found, skip_missing):
         turns = [{"from": "human", "value": "<audio>"}, {"from": "gpt", "value": text}]
         record = {"id": name, "audio": os.path.relpath(sound, out), "task": part, "conversations": turns}
         if not missing or sound.exists():
-            lines[{"dev": "val"}.get(part.split("-")[0], part.split("-")[0])].append(json.dumps(record, ensure_ascii=False) + "\n")
+            lines[{"dev": "val"}.get(part.split("-")[0], part.split("-")[0])].append(
+                json.dumps(record, ensure_ascii=False) + "\n"
+            )
     for name in lines:
         path = os.path.join(out, f"{name}.jsonl")
         with contextlib.suppress(FileNotFoundError):
@@ -66,7 +68,10 @@ def write(out, found, skip_missing):
             with open(f"{path}.partial", "w", encoding="utf-8") as f:
                 f.writelines(lines[name])
             os.replace(f.name, path)
-    print(", ".join(f"{len(lines[name]):,} for {name}" for name in lines) + (f"; {len(missing):,} without their sound left out" if missing else ""))
+    print(
+        ", ".join(f"{len(lines[name]):,} for {name}" for name in lines)
+        + (f"; {len(missing):,} without their sound left out" if missing else "")
+    )
 
 
 if __name__ == "__main__":
@@ -85,5 +90,7 @@ if __name__ == "__main__":
             unpack(path, folder)
         found += utterances(folder)
     if not found or any(part.split("-")[0] not in ("train", "dev", "test") for _, part, *_ in found):
-        sys.exit(f"error: {' '.join(args.paths)} should hold train-clean-100/SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt, or dev-clean, test-clean and the like")
+        sys.exit(
+            f"error: {' '.join(args.paths)} should hold train-clean-100/SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt, or dev-clean, test-clean and the like"
+        )
     write(args.out, found, args.skip_missing)

@@ -70,7 +70,11 @@ def pieces(record, max_rounds):
         questions, answers = zip(*found[start : start + max_rounds if max_rounds else None])
         if start and SHORT_ANSWER in found[0][0] and SHORT_ANSWER not in questions[0]:
             questions = [f"{questions[0]}\n{SHORT_ANSWER}", *questions[1:]]
-        turns = [turn for q, a in zip(mark(questions, len(pictures(record))), answers) for turn in ({"from": "human", "value": q}, {"from": "gpt", "value": a})]
+        turns = [
+            turn
+            for q, a in zip(mark(questions, len(pictures(record))), answers)
+            for turn in ({"from": "human", "value": q}, {"from": "gpt", "value": a})
+        ]
         yield record | {"conversations": turns} | ({"id": f"{record.get('id')}-{start}"} if start else {})
 
 
@@ -82,7 +86,12 @@ if __name__ == "__main__":
     parser.add_argument("--skip_missing", action="store_true", help="leave out records whose picture is missing")
     parser.add_argument("--skip_text", action="store_true", help="leave out records without a picture")
     parser.add_argument("--max_rounds", type=int, default=0, help="split longer conversations; 0 for not at all")
-    parser.add_argument("--val", type=int, default=500, help="so many pictures, and texts, are held out with all that is said about them")
+    parser.add_argument(
+        "--val",
+        type=int,
+        default=500,
+        help="so many pictures, and texts, are held out with all that is said about them",
+    )
     parser.add_argument("--out", default=here)
     args = parser.parse_args()
     try:
@@ -104,7 +113,9 @@ if __name__ == "__main__":
                 untold += len(record["conversations"]) - sum(len(piece["conversations"]) for piece in split)
                 done += split
         except (AttributeError, KeyError, TypeError) as e:
-            sys.exit(f'error: {args.file}, record {n}, is not {{"image": ..., "conversations": [{{"from": ..., "value": ...}}, ...]}}: {e!r}')
+            sys.exit(
+                f'error: {args.file}, record {n}, is not {{"image": ..., "conversations": [{{"from": ..., "value": ...}}, ...]}}: {e!r}'
+            )
     names = sorted({name for record in done for name in pictures(record)})
     if names and not os.path.exists(os.path.join(images, names[0])) and os.path.isdir(os.path.join(images, "images")):
         images = os.path.join(images, "images")
@@ -117,7 +128,9 @@ if __name__ == "__main__":
         )
     kept = [record for record in done if all(map(exists, pictures(record)))]
 
-    about = [" ".join(pictures(record)) or str(record.get("id")) for record in kept]  # what is known of val must not be in train
+    about = [
+        " ".join(pictures(record)) or str(record.get("id")) for record in kept
+    ]  # what is known of val must not be in train
     held_out = set(random.Random(0).sample(sorted(set(about)), min(args.val, len(set(about)) // 2)))
     if not held_out:
         sys.exit(f"error: {args.file} has {len(kept)} records that can be used, which is too few to hold some out")
@@ -133,5 +146,7 @@ if __name__ == "__main__":
                     f.write(json.dumps(record, ensure_ascii=False) + "\n")
         os.replace(f.name, path)
     n = sum(name in held_out for name in about)
-    print(f"{len(kept) - n:,} records for training, {n:,} held out, {sum(not pictures(r) for r in kept):,} of them text alone")
+    print(
+        f"{len(kept) - n:,} records for training, {n:,} held out, {sum(not pictures(r) for r in kept):,} of them text alone"
+    )
     print(f"left out: {untold:,} turns without an answer, {len(done) - len(kept):,} records whose picture is missing")

@@ -66,7 +66,9 @@ def key(text, rng):
     edge = np.hanning(RATE // 100 + 2)[1:-1]
     envelope = np.convolve(envelope, edge / edge.sum(), "same")
     tone = np.sin(2 * np.pi * rng.uniform(400, 900) * np.arange(len(envelope)) / RATE + rng.uniform(0, 6))
-    noise = np.random.default_rng(rng.getrandbits(32)).standard_normal(len(envelope)) * 10 ** rng.uniform(-2, -0.15)  # of a tone of power 0.5
+    noise = np.random.default_rng(rng.getrandbits(32)).standard_normal(len(envelope)) * 10 ** rng.uniform(
+        -2, -0.15
+    )  # of a tone of power 0.5
     x = tone * envelope + noise
     return x / np.abs(x).max() * rng.uniform(0.2, 0.9)
 
@@ -82,7 +84,13 @@ def write(out, name, n, rng, held_out):
             turns = [{"from": "human", "value": "<audio>"}, {"from": "gpt", "value": text}]
             marks = sum(len(CODE.get(c, " ")) for c in text)
             level = 1 + math.isqrt(2 * max(0, marks - 2))  # E I T A N M first, then what is a little longer each time
-            record = {"id": f"{name}-{i}", "audio": f"{name}/{i}.wav", "task": "morse", "level": level, "conversations": turns}
+            record = {
+                "id": f"{name}-{i}",
+                "audio": f"{name}/{i}.wav",
+                "task": "morse",
+                "level": level,
+                "conversations": turns,
+            }
             f.write(json.dumps(record) + "\n")
     os.replace(f.name, f.name.removesuffix(".partial"))
 

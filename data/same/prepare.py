@@ -33,12 +33,23 @@ def write(out, name, scans, labels, n, rng, augment):
             if rng.random() < 0.5:
                 at = rng.randrange(len(seen))
                 heard = seen[:at] + rng.choice([digit for digit in "0123456789" if digit != seen[at]]) + seen[at + 1 :]
-            SIGHT["draw"]([scans[j] for j in chosen], rng, augment).save(os.path.join(out, name, f"{i}.png"), compress_level=1)
+            SIGHT["draw"]([scans[j] for j in chosen], rng, augment).save(
+                os.path.join(out, name, f"{i}.png"), compress_level=1
+            )
             soundfile.write(os.path.join(out, name, f"{i}.wav"), SOUND["key"](heard, rng), SOUND["RATE"], "PCM_U8")
             question = rng.choice(("<image><audio>", "<audio><image>")) + "\n" + rng.choice(QUESTIONS)
-            turns = [{"from": "human", "value": question}, {"from": "gpt", "value": f"{seen}, {heard}: {'yes' if seen == heard else 'no'}"}]
+            turns = [
+                {"from": "human", "value": question},
+                {"from": "gpt", "value": f"{seen}, {heard}: {'yes' if seen == heard else 'no'}"},
+            ]
             files = {"image": f"{name}/{i}.png", "audio": f"{name}/{i}.wav"}
-            record = {"id": f"{name}-{i}", **files, "task": f"{len(seen)} digits", "level": len(seen), "conversations": turns}
+            record = {
+                "id": f"{name}-{i}",
+                **files,
+                "task": f"{len(seen)} digits",
+                "level": len(seen),
+                "conversations": turns,
+            }
             f.write(json.dumps(record) + "\n")
     os.replace(f.name, f.name.removesuffix(".partial"))
 

@@ -24,7 +24,9 @@ import numpy as np
 from scipy.signal import lfilter
 
 LENGTH, HELD_OUT = 1632, 816  # points of a series of train and of val
-BENCHMARKS = re.compile(r"(^|/)(ett[hm]?[12]?|ecl|electricity|(jena_)?weather|(sf_)?traffic|loop_seattle|sz_taxi)(?=[/._-]|$)", re.I)
+BENCHMARKS = re.compile(
+    r"(^|/)(ett[hm]?[12]?|ecl|electricity|(jena_)?weather|(sf_)?traffic|loop_seattle|sz_taxi)(?=[/._-]|$)", re.I
+)
 PERIODS = (4, 7, 12, 24, 24, 24, 30, 48, 52, 60, 96, 144, 168, 168, 336)
 
 
@@ -35,7 +37,9 @@ def seasons(g, t):
         period = g.choice(PERIODS) if g.random() < 0.75 else np.exp(g.uniform(np.log(4), np.log(500)))
         decay, drift = g.uniform(0.5, 2.5), g.uniform(0, 0.3) * (g.random() < 0.3)
         phase = 2 * np.pi * t / period + drift * smooth(g, len(t), period * 4)
-        wave = sum(g.normal() / k**decay * np.sin(k * phase + g.uniform(0, 2 * np.pi)) for k in range(1, g.integers(2, 9)))
+        wave = sum(
+            g.normal() / k**decay * np.sin(k * phase + g.uniform(0, 2 * np.pi)) for k in range(1, g.integers(2, 9))
+        )
         y = y + wave * (1 + g.uniform(0, 0.6) * smooth(g, len(t), period * g.uniform(3, 15)))
     return y
 
@@ -58,7 +62,9 @@ def smooth(g, n, scale):
     at = np.linspace(1, len(knots) - 2.001, n)
     i, u = at.astype(int), at % 1
     p0, p1, p2, p3 = (knots[(i + k).clip(0, len(knots) - 1)] for k in (-1, 0, 1, 2))
-    y = p1 + u * (p2 - p0 + u * (2 * p0 - 5 * p1 + 4 * p2 - p3 + u * (3 * (p1 - p2) + p3 - p0))) / 2  # Catmull and Rom's spline
+    y = (
+        p1 + u * (p2 - p0 + u * (2 * p0 - 5 * p1 + 4 * p2 - p3 + u * (3 * (p1 - p2) + p3 - p0))) / 2
+    )  # Catmull and Rom's spline
     return y / (y.std() + 1e-9)
 
 
@@ -137,7 +143,9 @@ def read_series(paths):
         if own := BENCHMARKS.search(f"{name}/{record.get('item_id', '')}"):
             left_out.add(own[0].strip("/"))
             return []
-        return [(at, str(record.get("item_id", at)), row) for row in np.atleast_2d(np.array(record["target"], dtype=float))]
+        return [
+            (at, str(record.get("item_id", at)), row) for row in np.atleast_2d(np.array(record["target"], dtype=float))
+        ]
 
     for path in paths:
         if os.path.isdir(path) or path.endswith(".arrow"):
@@ -145,14 +153,22 @@ def read_series(paths):
                 import pyarrow
             except ImportError:
                 sys.exit('error: .arrow files take pyarrow: pip install -e ".[gift]"')
-            files = sorted(glob.glob(os.path.join(path, "**", "*.arrow"), recursive=True)) if os.path.isdir(path) else [path]
-            files = [file for file in files if not os.path.basename(file).startswith("cache-")]  # copies, which were published beside the data
+            files = (
+                sorted(glob.glob(os.path.join(path, "**", "*.arrow"), recursive=True))
+                if os.path.isdir(path)
+                else [path]
+            )
+            files = [
+                file for file in files if not os.path.basename(file).startswith("cache-")
+            ]  # copies, which were published beside the data
             if not files:
                 sys.exit(f"error: {path} has no .arrow files")
             for file in files:
                 try:
                     with pyarrow.memory_map(file) as source:
-                        rows = (batch.slice(i, 1) for batch in pyarrow.ipc.open_stream(source) for i in range(len(batch)))  # one at a time: some are long
+                        rows = (
+                            batch.slice(i, 1) for batch in pyarrow.ipc.open_stream(source) for i in range(len(batch))
+                        )  # one at a time: some are long
                         for n, row in enumerate(rows):
                             yield from variables(row.to_pylist()[0], f"{file}, record {n}", os.path.abspath(file))
                 except (pyarrow.ArrowInvalid, KeyError, ValueError, OSError) as e:
@@ -223,6 +239,24 @@ if __name__ == "__main__":
     places = sorted({at for at, *_ in real})  # all variables of a record stay on one side
     held_out = set(random.Random(0).sample(places, len(places) // 10))
     os.makedirs(args.out, exist_ok=True)
-    write(args.out, "train", args.series, np.random.default_rng(args.seed), LENGTH, [x for x in real if x[0] not in held_out], 0.4)
-    write(args.out, "val", max(1, args.series // 30), np.random.default_rng(args.seed + 1), HELD_OUT, [x for x in real if x[0] in held_out], 0.5)
-    print(f"{args.series} series for training, {max(1, args.series // 30)} held out; {len(real)} real ones to cut them from")
+    write(
+        args.out,
+        "train",
+        args.series,
+        np.random.default_rng(args.seed),
+        LENGTH,
+        [x for x in real if x[0] not in held_out],
+        0.4,
+    )
+    write(
+        args.out,
+        "val",
+        max(1, args.series // 30),
+        np.random.default_rng(args.seed + 1),
+        HELD_OUT,
+        [x for x in real if x[0] in held_out],
+        0.5,
+    )
+    print(
+        f"{args.series} series for training, {max(1, args.series // 30)} held out; {len(real)} real ones to cut them from"
+    )

@@ -27,7 +27,9 @@ if __name__ == "__main__":
         with open(args.path, encoding="utf-8") as f:
             text = f.read()
     except (OSError, UnicodeDecodeError) as e:
-        sys.exit(f"error: {args.path} could not be had ({e}): give a local copy, python data/shakespeare/prepare.py PATH")
+        sys.exit(
+            f"error: {args.path} could not be had ({e}): give a local copy, python data/shakespeare/prepare.py PATH"
+        )
     if len(text) < 10:
         sys.exit(f"error: {args.path} holds no text")
     os.makedirs(args.out, exist_ok=True)

@@ -98,7 +98,13 @@ def write(out, name, n, rng, speakers, varied):
             x = speak(digits, speakers[rng.choice(sorted(speakers))], rng, varied)
             soundfile.write(os.path.join(out, name, f"{i}.wav"), x, RATE, "PCM_16")
             turns = [{"from": "human", "value": "<audio>"}, {"from": "gpt", "value": " ".join(digits)}]
-            record = {"id": f"{name}-{i}", "audio": f"{name}/{i}.wav", "task": "digits", "level": len(digits), "conversations": turns}
+            record = {
+                "id": f"{name}-{i}",
+                "audio": f"{name}/{i}.wav",
+                "task": "digits",
+                "level": len(digits),
+                "conversations": turns,
+            }
             f.write(json.dumps(record) + "\n")
     os.replace(f.name, f.name.removesuffix(".partial"))
 
@@ -118,7 +124,20 @@ if __name__ == "__main__":
         sys.exit(f"error: cannot read {args.folder}: {e.strerror}")
     held_out = args.held_out or max(speakers, default="")
     if len(speakers) < 2 or held_out not in speakers or any(len(digits) < 10 for digits in speakers.values()):
-        sys.exit(f"error: {args.folder} needs digit_speaker_index.wav of all digits by two speakers or more; found {', '.join(speakers) or 'none'}")
-    write(args.out, "train", args.sounds, random.Random(args.seed), {k: v for k, v in speakers.items() if k != held_out}, True)
-    write(args.out, "val", max(1, args.sounds // 16), random.Random(args.seed + 1), {held_out: speakers[held_out]}, False)
-    print(f"{args.sounds} sounds for training, {max(1, args.sounds // 16)} by {held_out}, who is not in them, for validation")
+        sys.exit(
+            f"error: {args.folder} needs digit_speaker_index.wav of all digits by two speakers or more; found {', '.join(speakers) or 'none'}"
+        )
+    write(
+        args.out,
+        "train",
+        args.sounds,
+        random.Random(args.seed),
+        {k: v for k, v in speakers.items() if k != held_out},
+        True,
+    )
+    write(
+        args.out, "val", max(1, args.sounds // 16), random.Random(args.seed + 1), {held_out: speakers[held_out]}, False
+    )
+    print(
+        f"{args.sounds} sounds for training, {max(1, args.sounds // 16)} by {held_out}, who is not in them, for validation"
+    )
