@@ -35,34 +35,25 @@ Glossary: symbol here = symbol in [2] (in brackets: names of the official files)
     r_k             bonus rho for the current token
 """
 
-import ast
-import codecs
 import contextlib
-import csv
 import ctypes
 import dataclasses
 import functools
 import hashlib
-import io
-import json
+import itertools
 import math
 import os
 import platform
-import re
 import shutil
+import statistics
 import subprocess
 import sys
-import threading
+import time
 from dataclasses import dataclass
 
-import numpy as np
-import soundfile
-import soxr
-import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageChops
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
@@ -123,272 +114,9 @@ class Config:
     adapter_scale: int = setting(4, "hidden width of an mlp, in units of n_embd")
 
 
-# ----------------------------------------------------------------------------------------------
-# 1. Text: tokenizers
-# All have id 0 or `end` for the end of a document, encode(str) -> ids, decode(ids) -> bytes.
-
-
-class TiktokenTokenizer:
-    """A tokenizer of the tiktoken library: GPT-2's, or single bytes, byte b as id b + 1 as in RWKV World.
-
-    Among the bytes, the marks of the default template are tokens of their own: a question's frame costs 3 steps, not 20.
-    """
-
-    def __init__(self, name):
-        if name == "bytes":
-            ranks = {bytes([b]): b + 1 for b in range(256)}
-            marks = {mark: 257 + i for i, mark in enumerate(("\n\n", "User:", "Assistant:"))}
-            self.bpe = tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=marks)
-            self.end, self.vocab_size, self.marks = 0, 260, "all"
-        else:
-            try:
-                self.bpe = tiktoken.get_encoding(name)
-            except Exception as e:  # requests' own exceptions: tiktoken fetches the vocabulary once, then caches it
-                raise InputError(
-                    f"the tokenizer {name} could not be fetched ({type(e).__name__}): connect once, or set "
-                    "TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer=bytes"
-                ) from e
-            self.end, self.vocab_size, self.marks = self.bpe.eot_token, self.bpe.n_vocab, set()
-
-    def encode(self, text):
-        return self.bpe.encode(text, allowed_special=self.marks, disallowed_special=())
-
-    def decode(self, ids):
-        return self.bpe.decode_bytes([i for i in ids if i != self.end])
-
-
-class WorldTokenizer:
-    """RWKV World: the longest vocabulary entry that matches the UTF-8 bytes, again and again ([4], rwkv_tokenizer.py).
-
-    path: rwkv_vocab_v20230424.txt or one like it; each line `id literal length`. Id 0 ends a document.
-    """
-
-    def __init__(self, path):
-        self.end, self.vocab_size, self.bytes_of, self.trie = 0, 65536, {}, {}
-        n = 1
-        try:
-            with open(path, encoding="utf-8") as f:
-                for n, line in enumerate(f, 1):
-                    index, literal, length = (
-                        line[: line.index(" ")],
-                        line[line.index(" ") : line.rindex(" ")],
-                        line.split()[-1],
-                    )
-                    token = ast.literal_eval(literal.strip())
-                    token = token.encode("utf-8") if isinstance(token, str) else token
-                    if len(token) != int(length):
-                        raise ValueError(f"{len(token)} bytes, not {length}")
-                    self.bytes_of[int(index)] = token
-                    node = self.trie
-                    for byte in token:
-                        node = node.setdefault(byte, {})
-                    node[-1] = int(index)
-        except OSError as e:
-            raise InputError(
-                f"cannot read the tokenizer's vocabulary {path}: {e.strerror}; --tokenizer is bytes, gpt2 or such a file"
-            ) from e
-        except (ValueError, SyntaxError, TypeError, IndexError) as e:
-            raise InputError(f"{path}, line {n}, is not a line of an RWKV World vocabulary: {e}") from e
-
-    def encode(self, text):
-        data, ids, i = text.encode("utf-8"), [], 0
-        while i < len(data):
-            node, j, found = self.trie, i, None
-            while j < len(data) and (node := node.get(data[j])) is not None:
-                j += 1
-                if -1 in node:
-                    found = (node[-1], j)
-            if found is None:
-                raise InputError(f"the tokenizer's vocabulary has no entry for byte {data[i]}")
-            ids.append(found[0])
-            i = found[1]
-        return ids
-
-    def decode(self, ids):
-        return b"".join(self.bytes_of.get(i, b"") for i in ids)  # ids above the vocabulary have no text
-
-
-@functools.lru_cache
-def get_tokenizer(name):
-    return TiktokenTokenizer(name) if name in ("bytes", "gpt2") else WorldTokenizer(name)
-
-
-# ----------------------------------------------------------------------------------------------
-# 2. Conversations: from LLaVA's JSON to a sample
+MEDIA = ("image", "audio", "series")
 # A sample is a list of segments (kind, data): ("text", ids) read, ("answer", ids) read and learned,
 # ("image", pixels), ("audio", log-mel frames), ("series", points); or ("forecast", (points, targets)) alone.
-# Every conversation that is trained on, asked or scored is written by `conversation`.
-
-
-@dataclass
-class Template:
-    before: str  # before the first turn
-    human: str  # a question; {} is its text
-    gpt: str  # what calls for the answer
-    answer: str  # before the answer's text: learned, as the answer and its end are
-    end: str  # ends an answer, and nothing else: it never occurs inside a message
-
-
-TEMPLATES = {
-    "world": Template("", "User: {}\n\n", "Assistant:", " ", "\n\n"),  # RWKV World models; VisualRWKV ([3], v6.0)
-    "v1": Template("\x16", "User: {}\x17", "Assistant:", " ", "\x17"),  # ModRWKV, first released checkpoints
-    "v2": Template("", "\x16User: {}\x17", "\x16Assistant:", " ", "\x17"),  # ModRWKV, the paper's code
-    "v3": Template("", "\x16User:{}\x17", "\x16Assistant:", "", "\x17"),  # ModRWKV, August 2025 on
-}
-MEDIA = ("image", "audio", "series")
-MARK = re.compile("(" + "|".join(f"<{kind}>" for kind in MEDIA) + ")")  # where a signal stands in a question
-
-
-def read_records(path):
-    """The records of a .jsonl (one a line) or a .json file (a list, as LLaVA's), each with its "_at" (file, line) and "_folder"."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            if str(path).endswith(".json"):
-                records = json.load(f)
-                if not isinstance(records, list):
-                    raise InputError(f"{path} does not hold a list of records")
-                places = [f"{path}, record {i}" for i in range(1, len(records) + 1)]
-            else:
-                records, places = [], []
-                number = functools.lru_cache(1 << 16)(
-                    float
-                )  # of a series' points most are equal to another: one object for all of these
-                for n, line in enumerate(f, 1):
-                    if line.strip():
-                        places.append(f"{path}, line {n}")
-                        records.append(json.loads(line, parse_float=number))
-    except OSError as e:
-        raise InputError(f"cannot read {path}: {e.strerror}") from e
-    except json.JSONDecodeError as e:
-        raise InputError(f"{places[-1] if str(path).endswith('l') and places else path} is not JSON: {e}") from e
-    except UnicodeDecodeError as e:
-        raise InputError(f"{path} is not a text file in UTF-8: {e}") from e
-    if not records:
-        raise InputError(f"{path} holds no records")
-    for place, record in zip(places, records):
-        if not isinstance(record, dict):
-            raise InputError(f"{place}: a record is an object in braces, not {json.dumps(record)[:40]}")
-        record["_at"], record["_folder"] = place, os.path.dirname(path)
-        check_record(record)
-    return records
-
-
-def is_numbers(x):
-    return isinstance(x, list) and len(x) > 0 and all(isinstance(y, int | float) or y is None for y in x)
-
-
-def record_files(record, kind):
-    """What a record has of a kind, as a list of paths; a series may be a list of numbers instead, null where unknown."""
-    files = record.get(kind) or []
-    return [files] if isinstance(files, str) or kind == "series" and is_numbers(files) else files
-
-
-def record_media(record):
-    """[(kind, path or numbers)] of a record, in the order of its marks; paths are relative to the record's file."""
-    files = {kind: list(record_files(record, kind)) for kind in MEDIA}
-    marks = [mark[1:-1] for mark in MARK.findall("".join(question for question, _ in record_turns(record)))]
-    found = [(kind, files[kind].pop(0)) for kind in marks]
-    return [(kind, file if is_numbers(file) else os.path.join(record["_folder"], file)) for kind, file in found]
-
-
-def check_record(record):
-    """Raises InputError, naming the record, unless it is {"text": ...}, {"target": [...]} (behind its "series", if any) or a conversation."""
-    turns, at = record.get("conversations"), record["_at"]
-    if not isinstance(record.get("level", 0), int):
-        raise InputError(f'{at}: "level" is not a whole number')
-    if isinstance(record.get("text"), str) and turns is None:
-        if not record["text"]:
-            raise InputError(f'{at}: "text" is empty')
-        return
-    if "target" in record and turns is None:
-        if not is_numbers(record["target"]) or sum(x is not None and math.isfinite(x) for x in record["target"]) < 2:
-            raise InputError(f'{at}: "target" is not a list of two numbers or more')
-        past = record_files(record, "series")
-        if not isinstance(past, list) or len(past) > 1 or not all(isinstance(x, str) or is_numbers(x) for x in past):
-            raise InputError(f'{at}: "series" is neither a path nor a list of numbers')
-        return
-    if not isinstance(turns, list) or not turns:
-        raise InputError(f'{at}: no "conversations"')
-    marks = {kind: 0 for kind in MEDIA}
-    for i, turn in enumerate(turns):
-        expected = ("human", "gpt")[i % 2]
-        if not isinstance(turn, dict) or turn.get("from") != expected or not isinstance(turn.get("value"), str):
-            raise InputError(f'{at}: turn {i + 1} is not {{"from": "{expected}", "value": "..."}}')
-        if expected == "gpt" and not turn["value"].strip():
-            raise InputError(f"{at}: the answer in turn {i + 1} is empty")
-        for kind in MEDIA:
-            marks[kind] += turn["value"].count(f"<{kind}>") if expected == "human" else 0
-    if len(turns) % 2:
-        raise InputError(f"{at}: the last question has no answer")
-    for kind in MEDIA:
-        files = record_files(record, kind)
-        if not isinstance(files, list) or not all(
-            isinstance(file, str) or kind == "series" and is_numbers(file) for file in files
-        ):
-            raise InputError(
-                f'{at}: "{kind}" is neither a path nor a list of paths' + (", nor numbers" if kind == "series" else "")
-            )
-        n = len(files)
-        if marks[kind] != n:
-            raise InputError(f"{at}: {marks[kind]} <{kind}> in the questions, but {n} {kind} file(s)")
-
-
-SHORT_ANSWER = "Answer the question using a single word or phrase."
-PROMPT_STYLES = {  # where a question has its pictures' `marks`; ahead: all questions of the conversation
-    "written": "{question}",  # where its marks are
-    "first": "{marks}\n{text}",
-    "last": "{text}\n{marks}",
-    "sandwich": "{ahead}\n{marks}\n{text}",  # the state is ready for the picture, and the question is fresh
-    "before": "{marks}{text}",  # ahead of the turn, as the first ModRWKV models have them
-    "tagged": "{marks}{text}",  # each between two tokens of their own, as ModRWKV has them from August 2025 on
-}
-IMAGE_TAGS = 65530, 65531  # <|vision_start|> and <|vision_end|>, beyond the vocabulary of RWKV World
-
-
-def arrange(question, questions, style):
-    """A question with its pictures where the style wants them ([3], section 3.2)."""
-    marks, text = MARK.findall(question), MARK.sub("", question).strip()
-    if not marks:
-        return question
-    ahead = "\n".join(MARK.sub("", q.replace(SHORT_ANSWER, "") if q == question else q).strip() for q in questions)
-    marks = ("" if style in ("before", "tagged") else "\n").join(marks)
-    return PROMPT_STYLES[style].format(question=question, marks=marks, text=text, ahead=ahead)
-
-
-def conversation(config, turns, media, first=True):
-    """Segments of a conversation.
-
-    Args: turns [(question, answer)], an answer of None is left for the model to give; media: an iterator
-    of segments such as ("image", pixels), used up in the order of the marks <image>; first: False where
-    the turns continue a conversation whose state is kept.
-    """
-    encode, template = get_tokenizer(config.tokenizer).encode, TEMPLATES[config.template]
-    clean = lambda text: re.sub(r"\n\s*\n", "\n", re.sub("[\x16\x17]", "", text).strip())
-    segments, text = [], template.before if first else ""
-    tags = [[("text", [i])] for i in IMAGE_TAGS] if config.prompt_style == "tagged" else ([], [])
-    for question, answer in turns:
-        question = clean(arrange(question, [q for q, _ in turns], config.prompt_style))
-        if question == "<audio>":  # nothing asked: to be written down ([1]'s code: sound, and no human turn)
-            text = question + text
-        else:
-            ahead = "".join(MARK.findall(question)) if config.prompt_style == "before" else ""
-            text = ahead + text + template.human.format(question.removeprefix(ahead))
-        for piece in MARK.split(text + template.gpt):
-            if MARK.match(piece):
-                before, after = tags if piece == "<image>" else ([], [])
-                segments += before + [next(media)] + after
-            elif piece:
-                segments.append(("text", encode(piece)))
-        if answer is not None:  # the end is encoded by itself: "。\n" and the like are tokens of RWKV World
-            segments.append(("answer", encode(template.answer + clean(answer)) + encode(template.end)))
-        text = ""
-    return segments
-
-
-def record_turns(record):
-    """[(question, answer)] of a record; none of a plain text."""
-    turns = [turn["value"] for turn in record.get("conversations") or ()]
-    return list(zip(turns[::2], turns[1::2]))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -922,22 +650,6 @@ def start_loud(*layers):
         nn.init.zeros_(layer.bias)
 
 
-def read_picture(path):
-    """A picture file (or PIL image) as PIL image in RGB; raises InputError naming the file."""
-    try:
-        with Image.open(path) if not isinstance(path, Image.Image) else contextlib.nullcontext(path) as image:
-            if image.mode in ("P", "LA", "RGBA", "PA"):  # what is transparent lies on white paper
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            if image.mode.startswith("I"):  # 16 bits a pixel
-                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-            return image.convert("RGB")
-    except FileNotFoundError as e:
-        raise InputError(f"no such picture: {path}") from e
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise InputError(f"{path} is not a picture that can be read: {e}") from e
-
-
 class PatchEncoder(nn.Module):
     """Patches of a picture, from scratch: two small convolutions, which see strokes and edges wherever they are
     (Xiao et al. 2021, arXiv:2106.14881), then one linear layer a patch, as in ViT. The height is fixed, the width free."""
@@ -957,26 +669,6 @@ class PatchEncoder(nn.Module):
         start_loud(self.conv1, self.conv2, self.proj)
         self.row = nn.Parameter(torch.zeros(config.image_height // config.patch_height, self.width))
         self.col = nn.Parameter(torch.zeros(-(-config.image_height * 16 // config.patch_width), self.width))
-
-    def load(self, path):
-        """A picture file (or PIL image) as uint8 (3, image_height, width), the width a multiple of patch_width.
-
-        The empty border is cut away if image_trim is set, the aspect ratio is kept, and pictures wider
-        than 16 times their height are made to fit; raises InputError naming the file.
-        """
-        image = read_picture(path)
-        pixels = np.asarray(image)
-        edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-        paper = tuple(int(c) for c in np.median(edge, 0))
-        if self.trim:
-            contrast = ImageChops.difference(image, Image.new("RGB", image.size, paper)).point(lambda c: c > 64 and 255)
-            image = image.crop(contrast.getbbox())  # all of it where nothing stands out
-        height, _, patch = self.size
-        scale = min(height / image.height, 16 * height / image.width)
-        inner = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-        canvas = Image.new("RGB", (-(-inner[0] // patch) * patch, height), paper)
-        canvas.paste(image.resize(inner, Image.BILINEAR), (0, (height - inner[1]) // 2))
-        return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
 
     def length(self, image):
         return (image.shape[1] // self.size[1]) * (image.shape[2] // self.size[2])
@@ -1031,17 +723,6 @@ class MelEncoder(nn.Module):
         slopes = torch.minimum((at - low) / (peak - low), (high - at) / (high - peak)).clamp(min=0)
         return (slopes * 2 / (high - low)).float()
 
-    def load(self, path):
-        """A sound file (wav, flac, ogg, mp3; any rate, any channels), or samples (n,) at 16 kHz, as log-mel frames (80, frames).
-
-        Raises InputError naming the file if it cannot be read, is empty or cut short.
-        """
-        return self.log_mel(
-            read_sound(path, self.RATE)
-            if isinstance(path, str | os.PathLike)
-            else torch.as_tensor(path, dtype=torch.float32)
-        )
-
     @classmethod
     def log_mel(cls, x, bins=BINS):
         """Samples (n,) at 16 kHz -> (bins, ceil(n / 160) or 3 at least): logarithms to base 10, down to 8 below the loudest, scaled to about -1 to 1."""
@@ -1069,30 +750,6 @@ class MelEncoder(nn.Module):
         return [y[:n] for y, n in zip(x.mT, lengths)]
 
 
-def read_sound(path, rate):
-    """The samples (n,) of a sound file, its channels averaged, at `rate` a second; raises InputError naming the file."""
-    try:
-        with soundfile.SoundFile(path) as f:
-            x, promised, notes, own_rate = f.read(dtype="float32", always_2d=True), f.frames, f.extra_info, f.samplerate
-    except FileNotFoundError as e:
-        raise InputError(f"no such sound: {path}") from e
-    except (soundfile.SoundFileError, OSError) as e:
-        if not os.path.exists(path):
-            raise InputError(f"no such sound: {path}") from e
-        raise InputError(f"{path} is not a sound that can be read: {str(e) or 'it is damaged or cut short'}") from e
-    data = re.search(
-        r"^ ?(?:data|SSND) : (\d+) \(should be (\d+)\)", notes, re.M
-    )  # of wav and aiff: what the header promises, what is there
-    short = data and int(data[2]) < int(data[1]) < 0xFFFFFF00  # more is promised by what was written as a stream
-    if len(x) < promised or short or "lacks an end-of-stream" in notes or "Junk after the last page" in notes:
-        raise InputError(f"{path} is cut short: it ends before its header says it does")
-    if not len(x):
-        raise InputError(f"{path} holds no sound")
-    if not np.isfinite(x).all():
-        raise InputError(f"{path} holds samples that are no numbers")
-    return torch.from_numpy(soxr.resample(x.mean(1), own_rate, rate))
-
-
 class WaveNet(nn.Module):
     """A series as one vector a point: gated causal convolutions with growing dilations ([7], section 2), from scratch as in [1].
     Vector t knows the points up to t alone; before the series there are zeros, its mean."""
@@ -1107,10 +764,6 @@ class WaveNet(nn.Module):
         self.gates = nn.ModuleList(nn.Conv1d(n, 2 * n, 2, dilation=d) for d in self.DILATIONS)
         self.residuals = nn.ModuleList(nn.Conv1d(n, n, 1) for _ in self.DILATIONS)
         self.end = nn.Conv1d(n + 3, self.width, 1)
-
-    def load(self, series):
-        """A .csv file (its last column), or numbers, as normalised points: see `normalise`."""
-        return normalise(read_series(series))[0]
 
     def length(self, points):
         return points.shape[1]
@@ -1161,8 +814,6 @@ class Timer(nn.Module):
         )
         self.lm_heads = nn.ModuleList([dense(C, self.PATCH)])
 
-    load = WaveNet.load
-
     def length(self, points):
         return max(1, points.shape[1] // self.PATCH)
 
@@ -1199,78 +850,6 @@ class Timer(nn.Module):
 def read_timer(encoder, path):
     """Fills a Timer with the published model.safetensors; raises InputError, naming what is missing or too much."""
     fit(encoder, read_safetensors(path), path)
-
-
-def read_series(series):
-    """Numbers, or a .csv file's last column (or the one named behind a #: x.csv#load), as (n,) float64, NaN where unknown."""
-    if isinstance(series, str | os.PathLike):
-        path, _, column = re.fullmatch(r"(.*?\.csv|.*?)(#(.*))?", str(series), re.I | re.S).groups("")
-        return read_table(path, column)[1][:, 0]
-    x = torch.tensor([math.nan if x is None else float(x) for x in series], dtype=torch.float64)
-    if not x.isfinite().any():
-        raise InputError("a series has no numbers")
-    return x
-
-
-def read_table(path, column=None):
-    """
-    (names, (rows, columns) float64, NaN where unknown) of a .csv file with a header.
-
-    column: the name of one, "" for the last one, None for all that begin with a number (the others are dates and words).
-    Raises InputError naming file, line and column.
-    """
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as f:
-            text = f.read()
-        first = text.partition("\n")[0]
-        rows = [
-            (n, row)
-            for n, row in enumerate(csv.reader(text.splitlines(), delimiter=max(",;\t", key=first.count)), 1)
-            if row
-        ]
-    except OSError as e:
-        raise InputError(f"cannot read {path}: {e.strerror}") from e
-    except (UnicodeDecodeError, csv.Error) as e:
-        raise InputError(f"{path} is not a .csv file: {e}") from e
-
-    def number(text):
-        if text.strip().lower() in ("", "na", "nan", "null", "none", "-"):
-            return math.nan
-        try:
-            return float(text)
-        except ValueError:
-            return None
-
-    if len(rows) < 2:
-        raise InputError(f"{path} has no rows under its header")
-    (_, names), *rows = rows
-    if all(number(name) is not None for name in names):
-        raise InputError(f"{path} has no header: its first line has to name its columns")
-    for n, row in rows:
-        if len(row) != len(names):
-            raise InputError(f"{path}, line {n}, has {len(row)} values, not {len(names)} as its header has")
-    known = lambda i: next(
-        (x for x in (number(row[i]) for _, row in rows) if x is None or x == x), math.nan
-    )  # the first there is
-    if column is None:
-        columns = [i for i in range(len(names)) if (x := known(i)) is not None and x == x]
-    elif column and column not in names:
-        raise InputError(f"{path} has no column {column}; its columns are {', '.join(names)}")
-    else:
-        columns = [names.index(column) if column else len(names) - 1]
-    for i in columns:
-        if (x := known(i)) is not None and x != x:
-            raise InputError(f"{path}: column {names[i] or i + 1} is empty; another is chosen by {path}#NAME")
-        for n, row in rows:
-            if number(row[i]) is None:
-                raise InputError(
-                    f"{path}, line {n}: {row[i]!r} in column {names[i]} is not a number; another column is chosen by {path}#NAME"
-                )
-    if not columns:
-        raise InputError(f"{path} has no column of numbers")
-    return [names[i] for i in columns], torch.tensor(
-        [[number(row[i]) for i in columns] for _, row in rows], dtype=torch.float64
-    )
 
 
 def normalise(x, known=None, scale=None):
@@ -1325,50 +904,6 @@ class Pretrained(nn.Module):
         encoded, like = iter(self.encode(new) if new else ()), next(self.models[0].parameters())
         return [signal.vectors.to(like) if isinstance(signal, Features) else next(encoded) for signal in signals]
 
-    @functools.cached_property
-    def identity(self):
-        """What is the same for the same weights, config and preparation alone, wherever they lie."""
-        values = [
-            p.flatten()[:: max(1, p.numel() // 64)].float().cpu().numpy().tobytes()
-            for model in self.models
-            for p in model.parameters()
-        ]
-        configs = [model.config.to_dict() | {"_name_or_path": ""} for model in self.models]
-        return hashlib.sha256(b"".join(values) + repr((configs, self.preparations)).encode()).hexdigest()
-
-    def cached(self, path, folder):
-        """load(path) and forward as Features, kept in `folder` in float16 (values move by less than 1 / 2,000 of themselves): computed anew
-        when weights, config, preparation, or the file's place, size or time have changed, or what is kept does not have its checksum."""
-        try:
-            about = os.stat(path)
-        except OSError:
-            return self.load(path)  # it knows what to say
-        key = hashlib.sha256(
-            f"{self.identity} {os.path.abspath(path)} {about.st_size} {about.st_mtime_ns}".encode()
-        ).hexdigest()
-        kept, sealed = (
-            os.path.join(folder, key[:2], key),
-            lambda body: hashlib.sha256(key.encode() + body).digest() + body,
-        )
-        with contextlib.suppress(OSError):
-            with open(kept, "rb") as f:
-                data = f.read()
-            if data == sealed(data[32:]):
-                return Features(torch.from_numpy(np.load(io.BytesIO(data[32:]))))
-        [vectors] = self([self.load(path)])
-        half, body = vectors.half().cpu(), io.BytesIO()
-        features = Features(half if half.isfinite().all() else vectors.float().cpu())
-        np.save(body, features.vectors.numpy())
-        try:
-            os.makedirs(os.path.dirname(kept), exist_ok=True)
-            partial = f"{kept}.{os.getpid()}.{threading.get_ident()}"  # other processes, and the thread that loads ahead, may be at it, too
-            with open(partial, "wb") as f:
-                f.write(sealed(body.getvalue()))
-            os.replace(partial, kept)
-        except OSError as e:
-            raise InputError(f"could not keep features in --feature_cache={folder}: {e.strerror}") from e
-        return features
-
 
 class Vision(Pretrained):
     """SigLIP, CLIP or DINOv2 ([1], section 3.1), the last hidden state as these models give it; CLIP and DINOv2 have the whole picture's vector in
@@ -1395,20 +930,6 @@ class Vision(Pretrained):
         self.rows, self.across = grids[0]
         self.cls = len(models) == 1 and models[0].config.model_type != "siglip_vision_model"
 
-    def load(self, path):
-        """A picture file as [uint8 (3, height, width)], for each encoder as its own processor scales and cuts it."""
-        image, found = read_picture(path), []
-        for p, (height, width) in zip(self.preparations, self.sizes):
-            x, size = image, p["size"]
-            if p.get("do_resize", True) and isinstance(size, dict) and "height" in size:
-                x = x.resize((size["width"], size["height"]), p["resample"])
-            elif p.get("do_resize", True):  # the shorter side
-                n, short = size["shortest_edge"] if isinstance(size, dict) else size, min(x.size)
-                x = x.resize([n if side == short else int(n * side / short) for side in x.size], p["resample"])
-            left, top = (x.width - width) // 2, (x.height - height) // 2
-            found.append(torch.from_numpy(np.array(x.crop((left, top, left + width, top + height)))).permute(2, 0, 1))
-        return found
-
     def count(self, _):
         return self.rows * self.across + self.cls
 
@@ -1433,19 +954,6 @@ class Speech(Pretrained):
         self.preparations, self.whisper = [preparation], model.config.model_type == "whisper"
         if self.whisper:
             self.window = 2 * model.config.max_source_positions * MelEncoder.HOP
-
-    def load(self, path):
-        """A sound file of any rate, or samples (n,) at 16 kHz, as samples."""
-        x = (
-            read_sound(path, MelEncoder.RATE)
-            if isinstance(path, str | os.PathLike)
-            else torch.as_tensor(path, dtype=torch.float32)
-        )
-        if not self.whisper:
-            if self.preparations[0].get("do_normalize", True):
-                x = (x - x.mean()) / (x.var(correction=0) + 1e-7).sqrt()
-            x = F.pad(x, (0, max(0, 400 - len(x))))  # the first vector sees so many
-        return x
 
     def count(self, x):
         if self.whisper:
@@ -1519,10 +1027,14 @@ def read_pretrained(kind, names):
                     + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
                 )
             models.append(model.get_encoder() if family == "whisper" else model)
-            with open(transformers.utils.cached_file(place, "preprocessor_config.json"), encoding="utf-8") as f:
-                preparations.append(
-                    {"rescale_factor": 1 / 255, "resample": 3} | json.load(f)
-                )  # older files leave these out
+            settings_of = (
+                transformers.ImageProcessingMixin.get_image_processor_dict
+                if kind == "image"
+                else transformers.FeatureExtractionMixin.get_feature_extractor_dict
+            )
+            preparations.append(
+                {"rescale_factor": 1 / 255, "resample": 3} | settings_of(place)[0]
+            )  # older files leave these out
             if lacking := [
                 name for name in ("size", "image_mean", "image_std") if kind == "image" and name not in preparations[-1]
             ]:
@@ -1547,11 +1059,6 @@ class AbsentTowers(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.width = config.encoder_width
-
-    def load(self, path):
-        raise InputError(
-            f"{path}: VisualRWKV 7.00 sees through SAM ViT-B, DINOv2-L and SigLIP-so400m at once, which are not here; without pictures it answers"
-        )
 
 
 ENCODERS = {
@@ -1668,6 +1175,9 @@ def scan(span, ends, columns):
     return span, span[::-1], down, down[::-1]
 
 
+VOCAB_SIZES = {"bytes": 260, "gpt2": 50257}  # of tokenizers; RWKV World's: 65536
+
+
 def reorder(x, order):
     return x.gather(1, order[..., None].expand_as(x))
 
@@ -1675,7 +1185,7 @@ def reorder(x, order):
 class ModRWKV(nn.Module):
     """The language model, with an encoder and an adapter for each kind of signal."""
 
-    feature_cache = ""  # a folder: Pretrained.cached
+    feature_cache = ""  # a folder: data/media.py
     checkpoint_activations = (
         False  # in training keep what enters a block alone, and run the block again in the backward pass
     )
@@ -1699,9 +1209,9 @@ class ModRWKV(nn.Module):
             raise InputError(f"n_embd={config.n_embd} is not a multiple of head_size={config.head_size}")
         known = {
             "rwkv": MIXERS,
-            "template": TEMPLATES,
+            "template": ("world", "v1", "v2", "v3"),
             "scan": SCANS,
-            "prompt_style": PROMPT_STYLES,
+            "prompt_style": ("written", "first", "last", "sandwich", "before", "tagged"),
             "adapter_kind": ADAPTERS,
             "cls": ("first", "last"),
         }
@@ -1709,7 +1219,7 @@ class ModRWKV(nn.Module):
             if getattr(config, name) not in known:
                 raise InputError(f"{name}={getattr(config, name)} is not one of {', '.join(map(str, known))}")
         self.config = config
-        V, C = vocab_size or get_tokenizer(config.tokenizer).vocab_size, config.n_embd
+        V, C = vocab_size or VOCAB_SIZES.get(config.tokenizer, 65536), config.n_embd
         with torch.device("meta") if ranks else contextlib.nullcontext():
             self.emb = nn.Embedding(V, C)
             nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)
@@ -1744,49 +1254,6 @@ class ModRWKV(nn.Module):
             self.forecast_head = nn.Linear(C, config.horizon)
             nn.init.zeros_(self.forecast_head.weight)  # the first forecast is the mean
             nn.init.zeros_(self.forecast_head.bias)
-
-    # -- from records and questions to samples --
-
-    def segments(self, turns, media, first=True, at=""):
-        """The segments of turns [(question, answer or None)] about media [(kind, path)]; `at` is where errors say they are."""
-        try:
-            for kind, path in media:
-                if kind not in self.encoder:
-                    name = path if isinstance(path, str | os.PathLike) else "a list of numbers"
-                    raise InputError(
-                        f"{name}: this model has no {kind} encoder; train one with --{kind}_encoder={next(iter(ENCODERS[kind]))}"
-                    )
-            return conversation(self.config, turns, ((kind, self.signal(kind, path)) for kind, path in media), first)
-        except InputError as e:
-            raise InputError(f"{at}: {e}" if at else str(e)) from e
-
-    def signal(self, kind, path):
-        encoder = self.encoder[kind]
-        kept = self.feature_cache and isinstance(encoder, Pretrained) and isinstance(path, str | os.PathLike)
-        return encoder.cached(path, self.feature_cache) if kept else encoder.load(path)
-
-    def sample(self, record):
-        """The segments of a record of read_records, to learn from; raises InputError naming the record."""
-        if "target" in record and not record.get("conversations"):
-            past = [
-                file if is_numbers(file) else os.path.join(record["_folder"], file)
-                for file in record_files(record, "series")
-            ]
-            return [("forecast", torch.cat([read_series(x) for x in (*past, record["target"])]))]
-        if not record.get("conversations"):
-            tokenizer = get_tokenizer(self.config.tokenizer)
-            return [("answer", tokenizer.encode(record["text"]) + [tokenizer.end])]
-        return self.segments(record_turns(record), record_media(record), at=record["_at"])
-
-    def question(self, prompt, media=(), first=True):
-        """The segments that ask `prompt` about media [(kind, path)]; those without a mark such as <image> go before it."""
-        files = {kind: [file for file in media if file[0] == kind] for kind in MEDIA}
-        for kind in MEDIA:
-            missing = len(files[kind]) - prompt.count(f"<{kind}>")
-            if missing < 0:
-                raise InputError(f"the prompt has {-missing} <{kind}> more than there are {kind} files")
-            prompt = f"<{kind}>\n" * missing + prompt
-        return self.segments([(prompt, None)], [files[mark[1:-1]].pop(0) for mark in MARK.findall(prompt)], first)
 
     def window(self, x, rng=None):
         """
@@ -1967,48 +1434,32 @@ class ModRWKV(nn.Module):
         return torch.cat(ahead, 1)[:, : horizon or self.config.horizon]
 
     @torch.inference_mode()
-    def generate(self, samples, state=None, max_new_tokens=256, temperature=0.0, top_k=0, top_p=1.0, seed=0, end=""):
-        """Continues a batch of samples (lists of segments), each until `end` (by default the template's; None: no text
-        ends it), the tokenizer's end token, or max_new_tokens.
+    def generate(self, samples, state=None, max_new_tokens=256, temperature=0.0, top_k=0, top_p=1.0, seed=0, end=(0,)):
+        """Continues a batch of samples (lists of segments), each until a token of `end` or max_new_tokens.
 
         temperature 0 is greedy. Each sample has its own random numbers, so no answer depends on its neighbours.
-        Yields: at each step the list of new pieces of text, "" for those at rest; a piece never splits a character.
-        Returns (as StopIteration.value): for a batch of one, the state after the answer and its end, from which a chat goes on.
+        Yields: at each step the list of new tokens, None for samples at rest; send() may answer with a list of which are done.
+        Returns (as StopIteration.value): for a batch of one, the state after its last token, or before it if that is one of `end`.
         """
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens={max_new_tokens} leaves no room for an answer")
-        tokenizer = get_tokenizer(self.config.tokenizer)
-        end = TEMPLATES[self.config.template].end if end == "" else end or ""
         device, B = self.emb.weight.device, len(samples)
         rngs = [torch.Generator(device).manual_seed(seed) for _ in samples]
-        decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in samples]
         x, _, lengths, orders = self.fuse(samples)
         x, state = self.hidden(x, state, lengths, orders)
         x = x[torch.arange(B, device=device), lengths - 1]
-        held, done = [""] * B, [False] * B  # text held back: it may be the start of the template's end
+        done = [False] * B
         for step in range(max_new_tokens):
             tokens = torch.stack([pick(z, temperature, top_k, top_p, g) for z, g in zip(self.head(x).float(), rngs)])
-            pieces = [""] * B
-            for i, token in enumerate(tokens.tolist()):
-                if done[i]:
-                    continue
-                last = token == tokenizer.end or step == max_new_tokens - 1
-                held[i] += decoders[i].decode(tokenizer.decode([token]), last)
-                cut = held[i].find(end) if end else -1
-                done[i] = last or cut >= 0
-                keep = (
-                    next((n for n in range(len(end) - 1, 0, -1) if held[i].endswith(end[:n])), 0) if not done[i] else 0
-                )
-                stop = cut if cut >= 0 else len(held[i]) - keep
-                pieces[i], held[i] = held[i][:stop], held[i][stop:]
-            yield pieces
-            if all(done):
+            new = [None if rests else token for rests, token in zip(done, tokens.tolist())]
+            stopped = (yield new) or [False] * B
+            done = [token is None or token in end or stops for token, stops in zip(new, stopped)]
+            if all(done) or step == max_new_tokens - 1:
                 break
             x, state = self.hidden(self.emb(tokens)[:, None], state)
             x = x[:, 0]
         if B == 1:
-            ids = [t for t in tokens.tolist() if t != tokenizer.end] + ([] if cut >= 0 else tokenizer.encode(end))
-            return self.hidden(self.emb(torch.tensor([ids], device=device)), state)[1] if ids else state
+            return state if new[0] in end else self.hidden(self.emb(tokens)[:, None], state)[1]
 
 
 def pick(logits, temperature, top_k, top_p, generator):
@@ -2070,84 +1521,6 @@ def freeze(model, phase, names=""):
 # ----------------------------------------------------------------------------------------------
 # 9. Checkpoints
 
-# The tables of released files: their names, our names, * the same in both, - left out; the first row that fits counts.
-FLA = """
-model.embeddings.weight                    emb.weight
-model.norm.*                               ln_out.*
-lm_head.weight                             head.weight
-model.layers.*.pre_norm.*                  blocks.*.ln0.*
-model.layers.*.attn_norm.*                 blocks.*.ln1.*
-model.layers.*.ffn_norm.*                  blocks.*.ln2.*
-model.layers.*.attn.r_proj.*               blocks.*.att.receptance.*
-model.layers.*.attn.k_proj.*               blocks.*.att.key.*
-model.layers.*.attn.v_proj.*               blocks.*.att.value.*
-model.layers.*.attn.o_proj.*               blocks.*.att.output.*
-model.layers.*.attn.g_norm.*               blocks.*.att.ln_x.*
-model.layers.*.attn.*_lora.lora.2.bias     blocks.*.att.*0
-model.layers.*.attn.*_lora.lora.0.weight   blocks.*.att.*1  transposed
-model.layers.*.attn.*_lora.lora.2.weight   blocks.*.att.*2  transposed
-model.layers.*.attn.*                      blocks.*.att.*
-model.layers.*.ffn.*                       blocks.*.ffn.*
-"""
-WORLD = """
-modality.world_encoder.adapter.proj.*      adapter.image.mlp.*
-modality.world_encoder.adapter.*           adapter.image.*
-modality.world_encoder.model.*             -
-"""
-AUGUST = """
-proj.*                                     adapter.image.*
-encoder.model.*                            -
-llm.*                                      *
-"""
-EXPORT = """
-model.proj.*                               adapter.image.*
-model.encoder.*                            -
-""" + FLA.replace("model.", "model.llm.")
-VISUAL = """
-vit.*                                      -
-proj.*                                     adapter.image.*
-rwkv.*                                     *
-"""
-VISUAL6 = "proj.weight adapter.image.o_proj.weight" + VISUAL
-PREFIX, TAGGED = dict(template="v1", prompt_style="before"), dict(template="v3", prompt_style="tagged")
-LAYOUTS = [  # of released files: how a name in them begins (the first that is found counts), the table, and what the model was trained with
-    (
-        "modality.world_encoder.adapter.conv.bias",
-        WORLD.replace("image", "audio"),
-        dict(audio_encoder="wavlm", **PREFIX),
-    ),  # WorldRWKV
-    ("modality.", WORLD, dict(image_encoder="siglip", **PREFIX)),
-    ("llm.", AUGUST, dict(image_encoder="siglip", **TAGGED)),
-    ("model.llm.", EXPORT, dict(image_encoder="siglip", **TAGGED)),
-    ("model.", FLA, {}),  # flash-linear-attention
-    (
-        "proj.gate.",
-        VISUAL,
-        dict(image_encoder="dinov2+siglip+sam", adapter_kind="gated", prompt_style="first"),
-    ),  # VisualRWKV 7.00
-    (
-        "rwkv.",
-        VISUAL6,
-        dict(image_encoder="clip", cls="last", adapter_kind="linear", prompt_style="sandwich", scan="bi"),
-    ),  # VisualRWKV 6.0
-    ("blocks.", "", {}),  # BlinkDL
-]
-WIDE = {
-    "image": "clip",
-    "audio": "microsoft/wavlm-large",
-}  # of WorldRWKV's encoders, those whose vectors have 1024 channels
-
-
-def rename(name, table, back=False):
-    """(our name, whether the matrix is transposed) of a name by the first row of a table that fits, or the name itself; `back`: from ours to theirs."""
-    for row in filter(None, table.splitlines()):
-        old, new, *transposed = row.split()
-        old, new = (new, old) if back else (old, new)
-        if match := re.fullmatch(re.escape(old).replace(r"\*", "(.+)"), name):
-            stars = iter(match.groups())
-            return re.sub(r"\*", lambda _: next(stars), new), bool(transposed)
-    return name, False
-
 
 def write(path, contents):
     """Writes tensors and plain values to path, as torch does or (*.safetensors) as safetensors: all of it, or nothing and what was there stays."""
@@ -2195,100 +1568,25 @@ def read_safetensors(path):
 
 
 def read_file(path):
-    """What a .pt, .pth or .safetensors file holds, or a folder: of train.py's ckpt.pt, or of model.safetensors, whole or in parts by its index."""
-    index = os.path.join(path, "model.safetensors.index.json")
-    if os.path.isdir(path) and not os.path.exists(index):
-        found = [file for name in ("ckpt.pt", "model.safetensors") if os.path.exists(file := os.path.join(path, name))]
-        if not found:
-            raise InputError(f"{path} holds neither the ckpt.pt of train.py nor model.safetensors")
-        path = found[0]
+    """What a .pt or .pth file holds, or the ckpt.pt of a folder."""
+    path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
     try:
-        if os.path.isdir(path):
-            with open(index, encoding="utf-8") as f:
-                place = json.load(f)["weight_map"]
-            parts = {
-                file: read_safetensors(os.path.join(path, os.path.basename(file)))
-                for file in sorted(set(place.values()))
-            }
-            for name, file in place.items():
-                if name not in parts[file]:
-                    raise InputError(f"{index} does not fit: {name} is missing in {file}")
-            return {name: x for part in parts.values() for name, x in part.items()}
-        return (
-            read_safetensors(path)
-            if path.endswith(".safetensors")
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except InputError:
-        raise
+        return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as e:
         raise InputError(f"cannot read the checkpoint {path}: {e.strerror or e}") from e
-    except Exception as e:  # json's, pickle's, zipfile's and torch's own: whatever it is, these bytes are no checkpoint
+    except Exception as e:  # pickle's, zipfile's and torch's own: whatever it is, these bytes are no checkpoint
         raise InputError(f"{path} is not a checkpoint that can be read safely, or it is cut short") from e
 
 
-def read_checkpoint(path):
-    """The contents of a checkpoint of ours, or of a released one as if it were ours, with "theirs", which gives back (a name as it has
-    it, whether transposed); raises InputError."""
-    path = str(path)
-    data = read_file(path)
+def own_checkpoint(data, path):
+    """The contents of a checkpoint of ours, or of BlinkDL's, whose names are the same, as if it were ours; None if it is neither."""
     if not isinstance(data, dict):
         raise InputError(f"{path} holds no model")
     if isinstance(data.get("model"), dict) and isinstance(data.get("config"), dict):
         return data
-    begins = lambda start: any(isinstance(name, str) and name.startswith(start) for name in data)
-    layout = next((layout for layout in LAYOUTS if begins(layout[0])), None)
-    if not layout:
-        raise InputError(
-            f"{path} is from elsewhere: neither a checkpoint of train.py nor a released RWKV, ModRWKV or VisualRWKV"
-        )
-    start, table, config = layout
-    weights, names, left_out = {}, {}, []
-    for name, x in data.items():
-        new, transposed = rename(str(name), table)
-        if new == "-":
-            left_out.append(name)
-            continue
-        if new in weights:
-            raise InputError(f"{path} does not fit: {names[new][0]} is there twice, the other time as {name}")
-        names[new] = name, transposed
-        weights[new] = x.t() if transposed and torch.is_tensor(x) and x.dim() == 2 else x
-    config = {"tokenizer": "rwkv_vocab_v20230424.txt", "image_encoder": "none"} | config
-    size = lambda name, i: (
-        weights[name].shape[i] if torch.is_tensor(weights.get(name)) and weights[name].dim() > i else 0
-    )
-    for kind, first in (("image", "mlp.0"), ("audio", "conv")):
-        if scale := size(f"adapter.{kind}.mlp.2.weight", 1) // max(1, size("emb.weight", 1)):
-            config["adapter_scale"] = scale
-        if size(f"adapter.{kind}.{first}.weight", 1) == 1024:
-            config[f"{kind}_encoder"] = WIDE[kind]
-    if start == "modality." and config.get("adapter_scale", 0) >= 4:  # from July 2025 on, when the template had changed
-        config["template"] = "v2"
-    if config["image_encoder"] != "none":
-        kernel = size("adapter.image.conv.weight", 2)
-        config |= {"conv_kernel": kernel} | ({"conv_stride": kernel - 1} if kernel > 1 else {})
-        config |= (
-            {"encoder_width": size("adapter.image.gate.weight", 1)} if config.get("adapter_kind") == "gated" else {}
-        )
-    if left_out:
-        print(
-            f"{path}: {len(left_out)} tensors of its encoder ({left_out[0]} ...) are left out: an encoder is read from its own folder",
-            file=sys.stderr,
-        )
-    eps, N = 1e-5, size("blocks.0.att.r_k", 1)
-    about = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")
-    if start.startswith("model.") and os.path.exists(about):
-        with open(about, encoding="utf-8", errors="replace") as f:
-            eps = float((re.findall(r'"norm_eps":\s*(\d+(?:\.\d+)?(?:e-\d+)?)', f.read()) or [eps])[0])
-    if start.startswith("model.") and N and not math.isclose(N * eps, 64e-5):
-        raise InputError(
-            f"{path} does not fit: its heads of {N} channels have a norm with epsilon {N * eps:.2g}, not 64e-5 as BlinkDL's"
-        )
-    return {
-        "model": weights,
-        "config": config,
-        "theirs": lambda name: names.get(name) or rename(name, table, back=True),
-    }
+    if not any(isinstance(name, str) and name.startswith("blocks.") for name in data):
+        return None
+    return {"model": data, "config": {"tokenizer": "rwkv_vocab_v20230424.txt", "image_encoder": "none"}}
 
 
 def build(data, path, **changes):
@@ -2351,93 +1649,68 @@ def fit(model, weights, path, new=(), theirs=lambda name: (name, False)):
 
 
 def load(path, device="cpu", **changes):
-    """A model ready to answer, from a checkpoint of train.py (or its folder) or a released one, recognised by the names in it: BlinkDL's .pth
-    of RWKV-5.2, 6 or 7, flash-linear-attention's or WorldRWKV's .safetensors (or their folder), .pth of WorldRWKV and VisualRWKV 6.0 and 7.00.
-    Untrusted files are safe.
+    """A model ready to answer, from a checkpoint of train.py (or its folder) or BlinkDL's .pth of RWKV-5.2, 6 or 7; data/released.py
+    reads others. Untrusted files are safe.
 
-    changes: settings of Config to override, e.g. tokenizer="rwkv_vocab_v20230424.txt" for an official .pth, template="v2",
-    image_encoder="folder", or image_encoder="none" for the language model alone.
+    changes: settings of Config to override, e.g. image_encoder="none" for the language model alone.
     Raises InputError if the file cannot be read or does not fit, naming what is missing or too much.
     """
-    return build(read_checkpoint(path), path, **changes).to(device).eval()
-
-
-def convert(source, target):
-    """Writes the checkpoint `source` as `target`: *.pt in our layout, *.pth in BlinkDL's, *.safetensors or a folder (with config.json) in
-    flash-linear-attention's; no number changes, nor its dtype. The last three take a language model alone."""
-    kind = os.path.splitext(target)[1]
-    file = target if kind in (".pt", ".pth", ".safetensors") else os.path.join(target, "model.safetensors")
-    if os.path.exists(file):
-        raise InputError(f"{file} exists: choose another name")
-    data = read_checkpoint(source)
-    model = build(data, source, **{f"{kind}_encoder": "none" for kind in MEDIA})
-    weights, config = (
-        {name: data["model"][name].reshape(x.shape) for name, x in model.state_dict().items()},
-        model.config,
-    )
-    signals = {
-        name: x for name, x in data["model"].items() if name.startswith(("encoder.", "adapter.", "forecast_head."))
-    }
-    if kind == ".pt":
-        names = {name: value for name, value in data["config"].items() if name.endswith("_encoder")}
-        return write(file, {"model": weights | signals, "config": dataclasses.asdict(config) | names})
-    if signals:
-        print(
-            f"{source}: its encoders and adapters are left out: {target} takes a language model alone", file=sys.stderr
-        )
-    if kind == ".pth":
-        return write(file, weights)
-    if config.rwkv != 7 or config.head_size != 64:
+    data = own_checkpoint(read_file(path), path)
+    if not data:
         raise InputError(
-            f"{source}: flash-linear-attention's layout takes RWKV-7 with heads of 64 channels, not RWKV-{config.rwkv} with {config.head_size}"
+            f"{path} is neither a checkpoint of train.py nor BlinkDL's; data.released.load reads other released models"
         )
-    theirs = {}
-    for name, x in weights.items():
-        name, transposed = rename(name, FLA, back=True)
-        theirs[name] = x.t() if transposed else x if ".attn.x_" in name or x.dim() < 3 else x.flatten()
-    if file != target:
-        ranks = {
-            name: next((x.shape[1] for n, x in weights.items() if n.endswith(f"att.{name}1")), 32) for name in "wavg"
-        }
-        ranks = {
-            f"{long}_low_rank_dim": ranks[name]
-            for long, name in (("decay", "w"), ("a", "a"), ("v", "v"), ("gate", "g"))
-        }
-        V, C, hidden = *weights["emb.weight"].shape, len(weights["blocks.0.ffn.key.weight"])
-        sizes = dict(
-            vocab_size=V,
-            hidden_size=C,
-            intermediate_size=hidden,
-            hidden_ratio=hidden / C,
-            num_hidden_layers=config.n_layer,
+    return build(data, path, **changes).to(device).eval()
+
+
+# ----------------------------------------------------------------------------------------------
+# 10. python modrwkv.py
+
+
+def check(device):
+    """Prints how far each way to compute the recurrence is from wkv7_loop in float64, and how fast each is: medians of interleaved runs."""
+    ways = {"wkv7_loop": wkv7_loop, "wkv7_chunked": wkv7_chunked}
+    if has_kernel(device.type):
+        ways["kernel.cu"] = wkv7
+    B, T, H, N = 4, 512, 4, 64
+    r, w, k, v, a, b, dy = torch.randn(7, B, T, H, N, device=device)
+    kk = F.normalize(a, dim=-1)
+    inputs = [x.detach().requires_grad_() for x in (r, -0.6 * torch.sigmoid(w), 0.3 * k, v, -kk, kk * torch.sigmoid(b))]
+    exact, dy64 = [x.detach().to("cpu", torch.float64).requires_grad_() for x in inputs], dy.to("cpu", torch.float64)
+    y64, _ = wkv7_loop(*exact)
+    gradients64 = torch.autograd.grad(y64, exact, dy64)
+
+    def now():
+        if device.type != "cpu":
+            getattr(torch, device.type).synchronize()
+        return 1000 * time.perf_counter()
+
+    def deviation(x, true):
+        return ((x.cpu().double() - true).abs().max() / true.abs().max()).item()
+
+    times, deviations = {way: ([], []) for way in ways}, {}
+    for run, (way, recurrence) in itertools.product(range(12), ways.items()):
+        start = now()
+        y, _ = recurrence(*inputs)
+        middle = now()
+        gradients = torch.autograd.grad(y, inputs, dy)
+        end = now()
+        if run > 1:  # the first ones warm up
+            times[way][0].append(middle - start)
+            times[way][1].append(end - start)
+        deviations[way] = deviation(y, y64), max(map(deviation, gradients, gradients64))
+    print(f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device))
+    print(
+        f"{B} x {T} steps x {H} heads of {N}, float32; largest deviation from wkv7_loop in float64, relative to the largest value"
+    )
+    print(f"{'':14}{'deviation':>11}{'of gradients':>14}{'forward':>13}{'with backward':>17}{'speed':>10}")
+    for way, (forward, both) in times.items():
+        ms = statistics.median(both)
+        print(
+            f"{way:14}{deviations[way][0]:11.1e}{deviations[way][1]:14.1e}{statistics.median(forward):10.1f} ms{ms:14.1f} ms"
+            f"{statistics.median(times['wkv7_loop'][1]) / ms:8.1f} x"
         )
-        sizes |= dict(
-            head_dim=64,
-            num_heads=C // 64,
-            value_dim=[C] * config.n_layer,
-            norm_eps=1e-5,
-            norm_bias=True,
-            tie_word_embeddings=False,
-        )
-        about = dict(
-            model_type="rwkv7",
-            architectures=["RWKV7ForCausalLM"],
-            torch_dtype=str(weights["emb.weight"].dtype)[6:],
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-        os.makedirs(target, exist_ok=True)
-        with open(os.path.join(target, "config.json"), "w") as f:
-            json.dump(about | sizes | ranks, f, indent=2)
-    write(file, theirs)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 4 or sys.argv[1] != "convert":
-        sys.exit(
-            "usage: python modrwkv.py convert IN OUT: OUT is *.pt (ours), *.pth (BlinkDL's), *.safetensors or a folder (flash-linear-attention's)"
-        )
-    try:
-        convert(*sys.argv[2:])
-    except (InputError, OSError) as e:
-        sys.exit(f"error: {e}")
+    check(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -17,7 +17,6 @@ import math
 import os
 import random
 import shlex
-import statistics
 import subprocess
 import sys
 import time
@@ -29,20 +28,28 @@ os.environ.setdefault(
     "GOMP_SPINCOUNT", "5000"
 )  # read when torch is imported: a busy machine needs OpenMP to wait politely
 
-import soundfile
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-import modrwkv
+from data.records import (
+    held_out_samples,
+    learned_tokens,
+    read_records,
+    record_media,
+    record_sample,
+    record_turns,
+    rough_length,
+)
+from data.released import read_checkpoint
+from data.scores import errors, report, score
+from data.text import MARK
 from modrwkv import (
     ENCODERS,
-    MARK,
     MEDIA,
     Config,
     InputError,
@@ -50,15 +57,11 @@ from modrwkv import (
     build,
     freeze,
     parameter_groups,
-    read_checkpoint,
-    read_records,
     read_timer,
-    record_media,
-    record_turns,
     save,
     setting,
 )
-from sample import ask, errors, find_device, flags, report, score
+from sample import ask, find_device, flags
 
 
 @dataclass
@@ -125,11 +128,6 @@ class Train:
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = setting("auto", "float32, or bfloat16 under autocast; auto takes bfloat16 where the hardware has it")
     seed: int = setting(1, "of the initial weights and the order of the data")
-    ablate: str = setting(
-        "",
-        "data (generations), prompt, scan, adapter or conv: train each row of that table of the papers with three seeds, and print it",
-    )
-    bench: bool = setting(False, "time the recurrence and a training step on this machine, and do nothing else")
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -208,7 +206,9 @@ class Batches:
         self.levels = [record.get("level", 0) for record in records]
         self.order = functools.lru_cache(2)(self.order)
         self.window = functools.lru_cache(2)(self.window)
-        self.encoded = functools.lru_cache(16)(lambda i: model.sample(records[i]))  # long texts are cut anew each time
+        self.encoded = functools.lru_cache(16)(
+            lambda i: record_sample(model, records[i])
+        )  # long texts are cut anew each time
 
     def order(self, epoch):
         return torch.randperm(
@@ -248,52 +248,13 @@ class Batches:
 
     def sample(self, place, i):
         if self.records[i].get("conversations"):
-            return self.model.sample(self.records[i])
+            return record_sample(self.model, self.records[i])
         [(kind, ids)] = self.encoded(i)
         rng = random.Random(f"{self.settings.seed} {place}")
         if kind == "forecast":
             return self.model.window(ids, rng)
         start = rng.randrange(max(1, len(ids) - self.settings.ctx_len))
         return [(kind, ids[start : start + self.settings.ctx_len + 1])]
-
-
-def rough_length(record):
-    """About how long a record is as a sequence: characters, and what the headers alone say of its pictures and sounds."""
-    n = len(record.get("text") or "") + sum(
-        len(question) + len(answer) + 4 for question, answer in record_turns(record)
-    )
-    for kind, path in record_media(record):
-        with contextlib.suppress(Exception):  # reading it whole will say what is wrong
-            if kind == "image":
-                with Image.open(path) as image:
-                    n += 5 * image.width / image.height
-            elif kind == "audio":
-                n += 25 * soundfile.info(path).duration
-    return n
-
-
-def held_out_samples(model, records, ctx_len, n):
-    """The first n samples of the held-out records, long texts cut into windows, of series the last points to forecast."""
-
-    def samples():
-        for record in records:
-            sample = model.sample(record)
-            if record.get("conversations"):
-                yield sample
-            elif sample[0][0] == "forecast":
-                yield model.window(sample[0][1])
-            else:
-                ids = sample[0][1]
-                yield from ([("answer", ids[i : i + ctx_len + 1])] for i in range(0, len(ids) - 1, ctx_len))
-
-    return list(itertools.islice(samples(), n))
-
-
-def learned_tokens(sample):
-    """How many tokens of a sample are predicted: those of its answers, without a first token that nothing precedes; or vectors that forecast."""
-    if sample[0][0] == "forecast":
-        return int((~sample[0][1][1].isnan()).any(1).sum())
-    return sum(len(data) for kind, data in sample if kind == "answer") - (sample[0][0] == "answer")
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -495,131 +456,6 @@ def draw_curve(log, path):
     plt.savefig(path, dpi=120), plt.close()
 
 
-def bench(device):
-    """The recurrence and a training step, by each of the three ways to compute them: medians of interleaved runs, as ratios to the loop."""
-    ways = {"wkv7_loop": modrwkv.wkv7_loop, "wkv7_chunked": modrwkv.wkv7_chunked}
-    if modrwkv.has_kernel(device.type):
-        ways["kernel.cu"] = modrwkv.wkv7
-    B, T, H, N = 4, 512, 4, 64
-    r, w, k, v, a, b, dy = torch.randn(7, B, T, H, N, device=device)
-    kk = torch.nn.functional.normalize(a, dim=-1)
-    inputs = [x.detach().requires_grad_() for x in (r, -0.6 * torch.sigmoid(w), 0.3 * k, v, -kk, kk * torch.sigmoid(b))]
-    config = Config(n_layer=4, n_embd=256, image_encoder="none")
-    model = ModRWKV(config).to(device)
-    samples = [[("answer", torch.randint(1, 257, (257,)).tolist())] for _ in range(4)]
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1))
-
-    def now():
-        if device.type != "cpu":
-            getattr(torch, device.type).synchronize()
-        return 1000 * time.perf_counter()
-
-    times = {way: ([], [], []) for way in ways}
-    for run, (way, wkv7) in itertools.product(range(12), ways.items()):
-        start = now()
-        y, _ = wkv7(*inputs)
-        middle = now()
-        torch.autograd.grad(y, inputs, dy)
-        if run > 1:  # the first ones warm up
-            times[way][0].append(middle - start), times[way][1].append(now() - start)
-        del y
-    for run, (way, modrwkv.wkv7) in itertools.product(range(8), ways.items()):
-        start = now()
-        model.loss(samples).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if run > 1:
-            times[way][2].append(now() - start)
-    say(f"{torch.get_num_threads()} threads, {device}" if device.type == "cpu" else torch.cuda.get_device_name(device))
-    for i, title in enumerate(
-        (
-            f"forward, {B} x {T} steps x {H} heads of {N}",
-            "forward + backward",
-            "training step, 4 layers x 256, 4 x 256 tokens",
-        )
-    ):
-        say(title)
-        medians = {way: statistics.median(spent[i]) for way, spent in times.items()}
-        for way, ms in medians.items():
-            say(f"  {way:14}{ms:8.1f} ms {medians['wkv7_loop'] / ms:6.1f} x")
-
-
-def rows(**flags):  # the first values, the second ones, ...
-    return [dict(zip(flags, values)) for values in zip(*flags.values(), strict=True)]
-
-
-ABLATIONS = {  # the flags of each row of a table
-    "data": rows(
-        rwkv=(5, 6, 6, 7), scan=("uni", "uni", "bi", "bi"), prompt_style=("first", "first", "sandwich", "sandwich")
-    ),  # VisualRWKV's table 1
-    "prompt": rows(rwkv=(6, 6, 6), scan=("bi", "bi", "bi"), prompt_style=("first", "last", "sandwich")),  # 3
-    "scan": rows(rwkv=(6, 6, 6), scan=("uni", "bi", "multi"), prompt_style=("sandwich", "sandwich", "sandwich")),  # 4
-    "adapter": rows(adapter_scale=(2, 4, 8)),  # ModRWKV's table 5
-    "conv": rows(conv_kernel=(0, 3, 4, 5), conv_stride=(1, 2, 3, 4)),  # 7
-}
-
-
-def ablate(s, settings):
-    """Trains each row of a table with three seeds, each run a process of its own into a folder of out_dir, and prints the table: % of
-    the held-out answers exact (or the loss, where nothing is asked) and milliseconds of training a sample, mean and standard deviation.
-    A run that is there already is not done again, one that was stopped goes on. settings: {name: value} for all of them.
-    On a CPU, runs go side by side, a thread each, which wastes nothing."""
-    if s.ablate not in ABLATIONS:
-        raise InputError(f"--ablate={s.ablate} is not one of {', '.join(ABLATIONS)}")
-
-    def run(row, seed):
-        """{column: number} of a row of ABLATIONS."""
-        folder = os.path.join(
-            s.out_dir, "_".join(map(str, (os.path.basename(s.data), *itertools.chain(*row.items()), seed)))
-        )
-
-        def log():
-            with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, "log.jsonl")) as f:
-                return [json.loads(line) for line in f]
-            return []
-
-        if not log() or "tasks" not in log()[-1] or log()[-1]["step"] < s.max_steps:
-            own = row | {"seed": seed, "out_dir": folder, "resume": os.path.exists(os.path.join(folder, "ckpt.pt"))}
-            command = [
-                sys.executable,
-                os.path.abspath(__file__),
-                *(f"--{name}={value}" for name, value in (settings | own).items()),
-            ]
-            os.makedirs(folder, exist_ok=True)
-            with open(os.path.join(folder, "said.txt"), "a") as out:
-                if subprocess.run(
-                    command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=out, stderr=out
-                ).returncode:
-                    raise InputError(f"the run into {folder} did not finish: {out.name} says why")
-        *steps, last = log()
-        ends = [x["seconds"] for x in steps if "seconds" in x]
-        score = (
-            {name: 100 * part["exact"] for name, part in {"all": last, **last["tasks"]}.items()}
-            if last["n"]
-            else {"loss": last["val_loss"]}
-        )
-        say(f"{folder}: " + ", ".join(f"{name} {value:.4g}" for name, value in score.items()))
-        return score | {
-            "ms a sample": 1000 / s.batch_size * statistics.median([b - a for a, b in zip(ends, ends[1:])] or ends)
-        }
-
-    find_data(s.data, s.val_data)  # prepared once
-    table, seeds = ABLATIONS[s.ablate], (1, 2, 3)
-    pool = ThreadPoolExecutor(torch.get_num_threads() if find_device(s.device).type == "cpu" else 1)
-    try:
-        scores = list(pool.map(run, *zip(*itertools.product(table, seeds))))
-    finally:
-        pool.shutdown(cancel_futures=True)
-    print(
-        f"| {'' if 'loss' in scores[0] else '% exact on '}{s.data} | {' | '.join(scores[0])} |\n{'|---' * (len(scores[0]) + 1)}|"
-    )
-    for i, row in enumerate(table):
-        of_row = [[run[name] for run in scores[len(seeds) * i : len(seeds) * (i + 1)]] for name in scores[0]]
-        digits = {name: 4 if name == "loss" else 1 for name in scores[0]}.values()
-        cells = [f"{statistics.mean(x):.{n}f} ± {statistics.stdev(x):.{n}f}" for n, x in zip(digits, of_row)]
-        print(f"| {', '.join(f'{name} {value}' for name, value in row.items())} | {' | '.join(cells)} |")
-
-
 def start(s, config, given, suited):
     """(checkpoint to resume or None, settings, model), after a look at what was asked for by the flags `given`."""
     ckpt_path = os.path.join(s.out_dir, "ckpt.pt")
@@ -698,17 +534,11 @@ def main(argv=None):
         torch.cuda.set_device(device)
     torch.manual_seed(s.seed)
 
-    if s.bench:
-        return bench(device)
     suited = {}
     for data in s.data.split(","):
         suited |= {name: value for name, value in SUITED.get(data, {}).items() if value != "none" or name not in suited}
     for name in suited.keys() - given:
         setattr(s if hasattr(s, name) else config, name, suited[name])
-    if s.ablate:
-        return ablate(
-            s, {name: value for name, value in (asdict(s) | asdict(config)).items() if name in given - {"ablate"}}
-        )
     ckpt, s, model = start(s, config, given, suited)
     if s.batch_size % (world * s.grad_accum):
         raise InputError(
