@@ -50,11 +50,12 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 
@@ -453,16 +454,13 @@ class TimeMix7(nn.Module):
         """
         B, T, C = x.shape
         before, last = shift(x, last, lengths)
-        d = before - x
-        r = self.receptance(torch.addcmul(x, d, self.x_r))
-        k = self.key(torch.addcmul(x, d, self.x_k))
-        xv = torch.addcmul(x, d, self.x_v)
-        v = self.value(xv)
-        w = self.w0 + torch.tanh((torch.addcmul(x, d, self.x_w)) @ self.w1) @ self.w2
+        mix = torch.stack([self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g])  # (6, 1, 1, C)
+        xr, xw, xk, xv, xa, xg = torch.addcmul(x, before - x, mix).unbind()  # (B, T, C) each
+        r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
+        w = self.w0 + torch.tanh(xw @ self.w1) @ self.w2
         w = -math.exp(-0.5) * torch.sigmoid(w.float())  # log decay, in (-0.6065, 0)
-        xa = torch.addcmul(x, d, self.x_a)
         iclr = torch.sigmoid(self.a0 + xa @ self.a1 @ self.a2)
-        g = torch.sigmoid((torch.addcmul(x, d, self.x_g)) @ self.g1) @ self.g2
+        g = torch.sigmoid(xg @ self.g1) @ self.g2
         if self.layer == 0:
             v_first = v
         else:
@@ -491,7 +489,7 @@ class ChannelMix7(nn.Module):
 
     def forward(self, x, last=None, lengths=None):
         before, last = shift(x, last, lengths)
-        h = torch.relu(self.key(torch.addcmul(x, before - x, self.x_k)))
+        h = torch.relu(self.key(x + (before - x) * self.x_k))
         return self.value(h * h), last
 
 
@@ -640,7 +638,50 @@ class Block(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------
-# 5. Encoders: from a file to vectors
+# 5. Encoders: from a file to features
+# Each has
+#   length(x)          how many features a picture, sound or series becomes
+#   collate(media)     a batch of them -> padded tensors, and indices of what is no padding: on the CPU, so that no GPU is asked
+#   forward(*tensors)  what collate made -> features (L, width), those of the first picture, then those of the second, ...
+
+
+def pad(arrays, value=0):
+    """[(..., n)] -> (M, ..., longest n), `value` on the right of the shorter ones."""
+    padded = np.full((len(arrays), *arrays[0].shape[:-1], max(x.shape[-1] for x in arrays)), value, arrays[0].dtype)
+    for row, x in zip(padded, arrays):
+        row[..., : x.shape[-1]] = x
+    return torch.from_numpy(padded)
+
+
+def length_mask(lengths):
+    """(M, longest): what is no padding in M rows of these lengths, padded on the right."""
+    return np.arange(max(lengths)) < np.array(lengths)[:, None]
+
+
+def true_rows(mask):
+    """(L,): places in the flattened mask where it is true."""
+    return torch.from_numpy(np.flatnonzero(mask))
+
+
+def padded_rows(lengths, left=0):
+    """(M, T): gather() by these rows makes a padded batch of features (L, C), `left` zeros before and the rest behind each."""
+    left = np.broadcast_to(left, len(lengths))
+    mask = length_mask(left + lengths)
+    mask[np.arange(mask.shape[1]) < left[:, None]] = False
+    rows = np.zeros(mask.shape, np.int64)
+    rows[mask] = np.arange(1, sum(lengths) + 1)
+    return torch.from_numpy(rows)
+
+
+def take(x, rows):
+    """Rows of x (n, C): (...) -> (..., C). Unlike that of x[rows], the backward pass is one operation."""
+    return F.embedding(rows, x)
+
+
+def gather(parts, rows):
+    """take() from all rows of parts [(n, C)], counted from 1; row 0 is zeros."""
+    zeros = parts[0].new_zeros(1, parts[0].shape[1])
+    return F.embedding(rows, torch.cat([zeros, *parts]), padding_idx=0)
 
 
 def start_loud(*layers):
@@ -676,21 +717,22 @@ class PatchEncoder(nn.Module):
     def columns(self, image):
         return image.shape[2] // self.size[2]
 
-    def forward(self, images):
-        """[(3, h, w) uint8] -> [(patches, width)], patches row by row."""
-        device = self.proj.weight.device
-        widths = torch.tensor([x.shape[2] for x in images], device=device)
-        x = torch.stack([F.pad(x, (0, int(widths.max()) - x.shape[2]), value=255) for x in images]).to(device)
-        x = F.gelu(
-            self.conv1(1 - x.to(self.conv1.weight.dtype) / 255)
-        )  # white paper is 0, as are the convolutions' margins
-        x = (
-            x * (torch.arange(x.shape[3], device=device) < widths[:, None] // 2)[:, None, None]
-        )  # no picture sees its neighbours' widths
-        x = F.gelu(self.conv2(x))
-        x = self.proj(x) + (self.row[:, None] + self.col[: x.shape[3] * 4 // self.size[2]]).permute(2, 0, 1)
-        x = F.gelu(x.permute(0, 2, 3, 1))  # (B, rows, columns, width)
-        return [y[:, : n // self.size[2]].flatten(0, 1) for y, n in zip(x, widths.tolist())]
+    def collate(self, images):
+        """[(3, h, w) uint8] -> pixels (M, 3, h, W); mask (M, 1, 1, W / 2) of what conv1 makes; rows (L,) of the patches."""
+        _, height, width = self.size
+        columns = np.array([self.columns(x) for x in images])
+        rows = length_mask(columns)[:, None].repeat(images[0].shape[1] // height, 1)  # (M, rows, columns)
+        mask = torch.from_numpy(length_mask(columns * (width // 2)))
+        return pad([x.cpu().numpy() for x in images], 255), mask[:, None, None], true_rows(rows)
+
+    def forward(self, pixels, mask, rows):
+        """-> (L, width), patches of each picture row by row."""
+        x = 1 - pixels.to(self.conv1.weight.dtype) / 255  # white paper is 0, as are the convolutions' margins
+        x = F.gelu(self.conv1(x)) * mask  # (M, 16, h / 2, W / 2); no picture sees its neighbours' widths
+        x = F.gelu(self.conv2(x))  # (M, 32, h / 4, W / 4)
+        x = self.proj(x)  # (M, width, rows, columns)
+        x = x + (self.row[:, None] + self.col[: x.shape[3]]).permute(2, 0, 1)
+        return take(F.gelu(x.permute(0, 2, 3, 1)).flatten(0, 2), rows)
 
 
 class MelEncoder(nn.Module):
@@ -727,27 +769,33 @@ class MelEncoder(nn.Module):
     def log_mel(cls, x, bins=BINS):
         """Samples (n,) at 16 kHz -> (bins, ceil(n / 160) or 3 at least): logarithms to base 10, down to 8 below the loudest, scaled to about -1 to 1."""
         x = F.pad(x, (0, max(3 * cls.HOP - len(x), -len(x) % cls.HOP)))
-        spectrum = torch.stft(x, cls.WINDOW, cls.HOP, window=torch.hann_window(cls.WINDOW), return_complex=True)
-        mel = (cls.filters(bins) @ spectrum[:, :-1].abs() ** 2).clamp(min=1e-10).log10()
+        window = torch.hann_window(cls.WINDOW, device=x.device)
+        spectrum = torch.stft(x, cls.WINDOW, cls.HOP, window=window, return_complex=True)
+        mel = (cls.filters(bins).to(x.device) @ spectrum[:, :-1].abs() ** 2).clamp(min=1e-10).log10()
         return (mel.clamp(min=mel.max() - 8) + 4) / 4
 
     def length(self, frames):
         return (frames.shape[1] + 1) // 2
 
-    def forward(self, sounds):
-        """[(80, frames)] -> [(length, width)]; what is 40 dB below the loudest (1 in these units) counts as silence, and of each bin its mean
-        over the sound is taken away, as is usual in speech recognition: both tell of room and microphone, and would drown the rest."""
-        lengths = [*map(self.length, sounds)]
-        x = [sound.clamp(min=sound.max() - 1) for sound in sounds]
-        x = pad([(sound - sound.mean(1, keepdim=True)).T for sound in x]).mT.to(self.conv1.weight)
-        real = lambda x, n: (
-            x * real_steps(x.shape[2], torch.tensor(n, device=x.device))[..., 0].mT
-        )  # no sound hears its neighbours' lengths
-        x = real(F.gelu(self.conv1(x)), [sound.shape[1] for sound in sounds])
-        x = F.gelu(self.conv2(x))
+    def collate(self, sounds):
+        """[(80, frames)] -> frames (M, 80, T), their mask (M, 1, T), rows (L,) of the features.
+
+        What is 40 dB below the loudest (1 in these units) counts as silence, and of each bin its mean over the sound is taken
+        away, as is usual in speech recognition: both tell of room and microphone, and would drown the rest.
+        """
+        frames = [x.cpu().numpy() for x in sounds]
+        frames = [np.maximum(x, x.max() - 1) for x in frames]
+        frames = [x - x.mean(1, keepdims=True, dtype=np.float64).astype(x.dtype) for x in frames]
+        mask = length_mask([x.shape[1] for x in frames])
+        return pad(frames), torch.from_numpy(mask)[:, None], true_rows(mask[:, ::2])
+
+    def forward(self, frames, mask, rows):
+        """-> (L, width)"""
+        x = F.gelu(self.conv1(frames.to(self.conv1.weight))) * mask  # (M, C, T); no sound hears its neighbours' lengths
+        x, mask = F.gelu(self.conv2(x)), mask[..., ::2]  # (M, C, T / 2)
         for pair in self.deep:
-            x = x + F.gelu(pair(real(x, lengths)))
-        return [y[:n] for y, n in zip(x.mT, lengths)]
+            x = x + F.gelu(pair(x * mask))
+        return take(x.mT.flatten(0, 1), rows)
 
 
 class WaveNet(nn.Module):
@@ -768,23 +816,26 @@ class WaveNet(nn.Module):
     def length(self, points):
         return points.shape[1]
 
-    def ends(self, n):
-        """Which of n points each vector ends on."""
+    def window_ends(self, n):
+        """Which of n points each feature ends on."""
         return range(n)
 
-    def forward(self, series):
-        """[(2, n)] -> [(n, width)]"""
-        x = pad([points.T for points in series]).mT.to(self.start.weight)
+    def collate(self, series):
+        """[(2, n)] -> points (M, 2, longest n), rows (L,) of the features."""
+        mask = length_mask([points.shape[1] for points in series])
+        return pad([points.cpu().numpy() for points in series]), true_rows(mask)
+
+    def forward(self, points, rows):
+        """-> (L, width)"""
+        x = points.to(self.start.weight)
         x = torch.cat([x, self.CHANGE * F.pad(x[:, :1].diff(), (1, 0))], 1)
         h, skips = self.start(x), 0
         for dilation, gate, residual in zip(self.DILATIONS, self.gates, self.residuals):
             value, opening = gate(F.pad(h, (dilation, 0))).chunk(2, 1)
             z = value.tanh() * opening.sigmoid()
             h, skips = h + residual(z), skips + z
-        y = self.end(torch.cat([skips.relu(), x], 1)).mT
-        return [
-            row[: points.shape[1]] for row, points in zip(y, series)
-        ]  # not y[i]: each one's gradient would be as large as y
+        y = self.end(torch.cat([skips.relu(), x], 1))
+        return take(y.mT.flatten(0, 1), rows)
 
 
 class Timer(nn.Module):
@@ -817,7 +868,7 @@ class Timer(nn.Module):
     def length(self, points):
         return max(1, points.shape[1] // self.PATCH)
 
-    def ends(self, n):
+    def window_ends(self, n):
         return range(n - 1 - self.PATCH * (max(1, n // self.PATCH) - 1), n, self.PATCH)
 
     def rotate(self, x):
@@ -827,16 +878,20 @@ class Timer(nn.Module):
         (a, b), cos, sin = x.chunk(2, -1), angle.cos().to(x), angle.sin().to(x)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
+    def collate(self, series):
+        """[(2, n)] -> patches (M, longest, 96), rows (L,) of the features.
+
+        What is shorter than 96 points is preceded by zeros, its mean.
+        """
+        lengths = [self.length(x) for x in series]
+        recent = [x[0].cpu().numpy()[-n * self.PATCH :] for x, n in zip(series, lengths)]
+        recent = [np.pad(x, (n * self.PATCH - len(x), 0)) for x, n in zip(recent, lengths)]
+        return pad(recent).unflatten(1, (-1, self.PATCH)), true_rows(length_mask(lengths))
+
     @torch.no_grad()
-    def forward(self, series):
-        """[(2, n)] -> [(n // 96, 1024)]; what is shorter than 96 points is preceded by zeros, its mean."""
-        patches = [
-            F.pad(x[0], (max(0, self.PATCH - x.shape[1]), 0))[-self.PATCH * self.length(x) :].unflatten(
-                0, (-1, self.PATCH)
-            )
-            for x in series
-        ]
-        x = self.model.embed_layer.emb(pad(patches).to(self.model.norm.weight))
+    def forward(self, patches, rows):
+        """-> (L, 1024)"""
+        x = self.model.embed_layer.emb(patches.to(self.model.norm.weight))
         heads = lambda x: x.unflatten(-1, (self.HEADS, -1)).transpose(1, 2)  # (B, n, C) -> (B, H, n, N)
         for layer in self.model.layers:
             attn, ffn = layer.self_attn, layer.ffn_layer
@@ -844,7 +899,7 @@ class Timer(nn.Module):
             y = F.scaled_dot_product_attention(self.rotate(q), self.rotate(k), v, is_causal=True)
             x = layer.norm1(x + attn.o_proj(y.transpose(1, 2).flatten(2)))
             x = layer.norm2(x + ffn.down_proj(F.silu(ffn.gate_proj(x)) * ffn.up_proj(x)))
-        return [y[: len(p)] for y, p in zip(self.model.norm(x), patches)]
+        return take(self.model.norm(x).flatten(0, 1), rows)
 
 
 def read_timer(encoder, path):
@@ -897,12 +952,20 @@ class Pretrained(nn.Module):
     def length(self, signal):
         return len(signal.vectors) if isinstance(signal, Features) else self.count(signal)
 
+    def collate(self, media):
+        """What load or cached made -> features from the cache; rows (L,) of [encoded; cached]; what encode takes."""
+        cached = np.array([isinstance(x, Features) for x in media])
+        known = [x.vectors.cpu().numpy() for x in media if isinstance(x, Features)]
+        order = np.argsort(np.repeat(cached, [self.length(x) for x in media]), kind="stable")
+        known = np.concatenate([np.zeros((0, self.width), np.float16), *known])
+        inputs = () if cached.all() else self.inputs([x for x in media if not isinstance(x, Features)])
+        return torch.from_numpy(known), torch.from_numpy(np.argsort(order)), *inputs
+
     @torch.no_grad()
-    def forward(self, signals):
-        """[signals of load, or Features] -> [(L, width)]"""
-        new = [signal for signal in signals if not isinstance(signal, Features)]
-        encoded, like = iter(self.encode(new) if new else ()), next(self.models[0].parameters())
-        return [signal.vectors.to(like) if isinstance(signal, Features) else next(encoded) for signal in signals]
+    def forward(self, cached, rows, *inputs):
+        """-> (L, width)"""
+        cached = cached.to(next(self.models[0].parameters()))
+        return take(torch.cat([self.encode(*inputs), cached]) if inputs else cached, rows)
 
 
 class Vision(Pretrained):
@@ -927,22 +990,27 @@ class Vision(Pretrained):
             raise InputError(
                 f"encoders joined by + have to see the same grid of patches, not {' and '.join(f'{h} x {w}' for h, w in grids)}"
             )
-        self.rows, self.across = grids[0]
+        self.grid_h, self.grid_w = grids[0]
         self.cls = len(models) == 1 and models[0].config.model_type != "siglip_vision_model"
 
     def count(self, _):
-        return self.rows * self.across + self.cls
+        return self.grid_h * self.grid_w + self.cls
 
     def columns(self, _):
-        return self.across
+        return self.grid_w
 
-    def encode(self, pictures):
+    def inputs(self, pictures):
+        """Mean and standard deviation (models, 2, 3, 1, 1), and of each model its pixels (M, 3, height, width)."""
+        scale = np.array([[p["image_mean"], p["image_std"]] for p in self.preparations], np.float32)
+        pixels = (torch.from_numpy(np.stack([x.cpu().numpy() for x in of_model])) for of_model in zip(*pictures))
+        return torch.from_numpy(scale)[..., None, None], *pixels
+
+    def encode(self, scale, *pixels):
         parts = []
-        for model, p, pixels in zip(self.models, self.preparations, zip(*pictures)):
-            mean, std = (torch.tensor(p[name])[:, None, None] for name in ("image_mean", "image_std"))
-            x = (torch.stack(pixels) * p["rescale_factor"] - mean) / std
+        for model, p, (mean, std), x in zip(self.models, self.preparations, scale, pixels):
+            x = (x * p["rescale_factor"] - mean) / std
             parts.append(model(pixel_values=x.to(next(model.parameters()))).last_hidden_state)
-        return torch.cat([y[:, -self.count(0) :] for y in parts], -1)
+        return torch.cat([y[:, -self.count(0) :] for y in parts], -1).flatten(0, 1)
 
 
 class Speech(Pretrained):
@@ -963,18 +1031,20 @@ class Speech(Pretrained):
             )
         return int(self.models[0]._get_feat_extract_output_lengths(len(x)))
 
-    def encode(self, sounds):
+    def inputs(self, sounds):
+        return sounds
+
+    def encode(self, *sounds):
         [model] = self.models
         like = next(model.parameters())
-        if not self.whisper:
-            return [model(input_values=x[None].to(like)).last_hidden_state[0] for x in sounds]
-        mel = lambda x: MelEncoder.log_mel(F.pad(x, (0, self.window - len(x))), model.config.num_mel_bins)[None].to(
-            like
-        )
-        return [
-            torch.cat([model(mel(part)).last_hidden_state[0, : self.count(part)] for part in x.split(self.window)])
-            for x in sounds
-        ]
+        features = []
+        for x in sounds:
+            if not self.whisper:
+                features.append(model(input_values=x[None].to(like)).last_hidden_state[0])
+            for part in x.split(self.window) if self.whisper else ():
+                mel = MelEncoder.log_mel(F.pad(part, (0, self.window - len(part))), model.config.num_mel_bins)
+                features.append(model(mel[None].to(like)).last_hidden_state[0, : self.count(part)])
+        return torch.cat(features)
 
 
 HUB = {  # where a family is fetched from
@@ -1072,12 +1142,6 @@ ENCODERS = {
 # 6. Adapter
 
 
-def pad(xs):
-    """[(n, C)] -> (B, longest n, C), zeros on the right; torch's pad_sequence copies the whole batch for each gradient."""
-    n = max(map(len, xs))
-    return torch.stack([F.pad(x, (0, 0, 0, n - len(x))) for x in xs])
-
-
 ADAPTERS = ("mlp", "linear", "gated")
 
 
@@ -1119,26 +1183,33 @@ class Adapter(nn.Module):
     def length(self, n):
         return (n + self.padding(n) - self.kernel) // self.stride + 1 if self.kernel else n
 
-    def ends(self, n):
-        """Which of n vectors each window ends on."""
+    def window_ends(self, n):
+        """Which of n features each window ends on."""
         return range(self.kernel - 1 - self.padding(n), n, self.stride) if self.kernel else range(n)
 
-    def forward(self, signals):
-        """[(L, width)] -> [(L', n_embd)]"""
-        lengths = [self.length(len(x)) for x in signals]
+    def collate(self, lengths):
+        """
+        Of features of these lengths: rows (M, T), by which gather() makes the Conv1D's input; kept (L',), the windows
+        that are no padding; positions (L',), the rows of `place`.
+        """
+        windows, positions = [self.length(n) for n in lengths], None
+        rows = padded_rows(lengths, [self.padding(n) for n in lengths]) if self.kernel else None
+        if self.place is not None:
+            P = len(self.place)
+            positions = torch.from_numpy(np.concatenate([np.arange(P - n, P) for n in windows]).clip(0))
+        return rows, true_rows(length_mask(windows)), positions
+
+    def forward(self, x, rows, kept, positions=None):
+        """(L, width) -> (L', n_embd)"""
         if self.kernel:
-            x = pad([F.pad(x, (0, 0, self.padding(len(x)), 0)) for x in signals])
-            x = torch.cat([y[:n] for y, n in zip(self.conv(x.mT).mT, lengths)])
-        else:
-            x = torch.cat(signals)
+            x = self.conv(gather([x], rows).mT).mT  # (M, T, width) -> (M, windows, width)
+            x = take(x.flatten(0, 1), kept)
         if self.kind == "mlp":
             y = self.mlp(x)
             y = y + self.pre_norm(y)
         else:
             y = self.o_proj(x) if self.kind == "linear" else self.ln_v(self.o_proj(x * torch.sigmoid(self.gate(x))))
-        if self.place is not None:
-            y = y + self.place[torch.cat([torch.arange(-n, 0).clamp(min=-len(self.place)) for n in lengths])]
-        return y.split(lengths)
+        return y if positions is None else y + take(self.place, positions)
 
 
 class SpeechAdapter(nn.Module):
@@ -1154,24 +1225,27 @@ class SpeechAdapter(nn.Module):
     def length(self, n):
         return (n + 1) // 2 + 1
 
-    def forward(self, signals):
-        """[(L, width)] -> [(L', n_embd)]"""
-        lengths = [self.length(len(x)) for x in signals]
-        x = self.conv(pad(signals).mT).mT  # the zeros behind a shorter signal are those of its own padding
-        return self.mlp(torch.cat([y[:n] for y, n in zip(x, lengths)])).split(lengths)
+    def collate(self, lengths):
+        return padded_rows(lengths), true_rows(length_mask([self.length(n) for n in lengths]))
+
+    def forward(self, x, rows, kept):
+        """(L, width) -> (L', n_embd)"""
+        x = self.conv(gather([x], rows).mT).mT  # the zeros behind a shorter sound are those of its own padding
+        return self.mlp(take(x.flatten(0, 1), kept))
 
 
 # ----------------------------------------------------------------------------------------------
 # 7. ModRWKV
 
 
+SOURCE = {"answer": "text", "forecast": "series"}  # what a segment is made of, where its kind does not say so
 SCANS = {"uni": 1, "bi": 2, "multi": 4}  # so many orders take turns from layer to layer: forward, backward, down, up
 
 
-def scan(span, ends, columns):
+def scan(span, window_ends, columns):
     """The orders in which layers read a picture ([3], section 3.3) whose vectors have the positions `span` in the sequence.
-    Down is by column, then by row, of the last patch in a vector's window: `ends`, as Adapter.ends gives them."""
-    down = sorted(span, key=lambda i: (ends[i - span[0]] % columns, ends[i - span[0]]))
+    Down is by column, then by row, of the last patch in a vector's window: `window_ends`, as of Adapter."""
+    down = sorted(span, key=lambda i: (window_ends[i - span[0]] % columns, window_ends[i - span[0]]))
     return span, span[::-1], down, down[::-1]
 
 
@@ -1180,6 +1254,36 @@ VOCAB_SIZES = {"bytes": 260, "gpt2": 50257}  # of tokenizers; RWKV World's: 6553
 
 def reorder(x, order):
     return x.gather(1, order[..., None].expand_as(x))
+
+
+class Batch(NamedTuple):
+    """What ModRWKV.collate makes of a list of samples, on the CPU: a GPU is asked for no count."""
+
+    ids: torch.Tensor  # (n,): of all text
+    media: dict  # kind -> (number of them, what its encoder takes, what its adapter takes)
+    rows: (
+        torch.Tensor
+    )  # (B, T): what stands where, as rows of [zeros; embeddings of ids; vectors of images, sounds, series]
+    labels: torch.Tensor  # (B, T): the token each position has to predict, -100 where none
+    lengths: torch.Tensor  # (B,)
+    orders: list  # what the layers take turns to gather their input by: (B, T), or None for as it is
+    answers: torch.Tensor  # (m,): positions in (B T) that have a label
+    forecasts: torch.Tensor  # (f,): positions in (B T) that forecast
+    targets: torch.Tensor  # (f, horizon): the points they forecast, NaN where unknown
+    n_targets: torch.Tensor  # (m + f,): how many answers and forecasts the sample of each has
+    n_samples: int  # that have any
+
+    def to(self, device):
+        return Batch(*(move(x, device) for x in self))
+
+
+def move(x, device):
+    """x with its tensors on a device; x may be a dict, list or tuple that holds them."""
+    if isinstance(x, dict):
+        return {key: move(value, device) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [move(value, device) for value in x]
+    return x.to(device, non_blocking=True) if torch.is_tensor(x) else x
 
 
 class ModRWKV(nn.Module):
@@ -1241,12 +1345,12 @@ class ModRWKV(nn.Module):
                     "series": (config.series_kernel, config.series_stride),
                 }
                 own = (*convs[kind], config.adapter_kind) if kind in convs else ()
-                own += (len(encoder.ends(config.lookback)),) if kind == "series" else ()
+                own += (len(encoder.window_ends(config.lookback)),) if kind == "series" else ()
                 self.adapter[kind] = (Adapter if kind in convs else SpeechAdapter)(
                     encoder.width, C, config.adapter_scale, *own
                 )
         if "series" in self.encoder:
-            n, kernel = len(self.encoder["series"].ends(config.lookback)), config.series_kernel
+            n, kernel = len(self.encoder["series"].window_ends(config.lookback)), config.series_kernel
             if kernel and not config.series_stride <= kernel <= n:
                 raise InputError(
                     f"series_kernel={kernel} is not 0, nor from series_stride={config.series_stride} to the {n} vectors of a lookback"
@@ -1274,10 +1378,11 @@ class ModRWKV(nn.Module):
             known = n if rng.random() < 0.15 else rng.randint(blank + (n - blank) // 3, n)
         past, x = x[: start + known], x[start : start + n + horizon]
         points, *_ = normalise(x, known, past[past.isfinite()].std(correction=0))
-        ends = self.encoder["series"].ends(n)
-        ends = torch.tensor([ends[i] for i in self.adapter["series"].ends(len(ends))])
+        ends = self.encoder["series"].window_ends(n)
+        ends = torch.tensor([ends[i] for i in self.adapter["series"].window_ends(len(ends))])
         targets = torch.where(points[1] > 0, points[0], math.nan)[ends[:, None] + torch.arange(1, horizon + 1)]
-        targets[ends + 1 < known if points[1, :n].any() else ...] = math.nan
+        first = known if points[1, :n].any() else math.inf  # from nothing, nothing is learned
+        targets[ends + 1 < first] = math.nan
         return [("forecast", (points[:, :n], targets))]
 
     def length(self, sample):
@@ -1294,74 +1399,108 @@ class ModRWKV(nn.Module):
         """Where a signal has a vector of the whole, which its encoder puts first: "first", "last", or None if it has none."""
         return self.config.cls if getattr(self.encoder[kind], "cls", False) else None
 
+    def collate(self, samples):
+        """Samples of segments -> Batch: all that can be counted beforehand, maybe by a data loader's worker."""
+        if isinstance(samples, Batch):
+            return samples
+        found = {kind: [] for kind in ("text", *MEDIA)}
+        for kind, data in itertools.chain(*samples):
+            found[SOURCE.get(kind, kind)].append(data[0] if kind == "forecast" else data)
+        ids = np.fromiter(itertools.chain(*found.pop("text")), np.int64)
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self.emb.num_embeddings:
+            raise InputError(f"token {ids.max()} is beyond the model's vocabulary of {self.emb.num_embeddings}")
+        next_row, media = {"text": 1}, {}
+        end = 1 + len(ids)
+        for kind, signals in found.items():
+            if not signals:
+                continue
+            if kind not in self.encoder:
+                raise InputError(f"this model has no {kind} encoder")
+            encoder, adapter = self.encoder[kind], self.adapter[kind]
+            lengths = [encoder.length(x) for x in signals]
+            media[kind] = len(signals), encoder.collate(signals), adapter.collate(lengths)
+            next_row[kind] = end
+            end += sum(adapter.length(n) for n in lengths)
+
+        lengths = [self.length(sample) for sample in samples]
+        B, T = len(samples), max(lengths)
+        rows, tokens = np.zeros((B, T), np.int64), np.full((B, T + 1), -100)
+        orders = np.tile(np.arange(T), (SCANS[self.config.scan] if "image" in media else 1, B, 1))
+        forecasts, targets = [np.zeros(0, np.int64)], [np.zeros((0, self.config.horizon), np.float32)]
+        for i, sample in enumerate(samples):
+            t = 0
+            for kind, data in sample:
+                n, source = self.length([(kind, data)]), SOURCE.get(kind, kind)
+                rows[i, t : t + n] = np.arange(next_row[source], next_row[source] + n)
+                next_row[source] += n
+                if kind == "answer":
+                    tokens[i, t : t + n] = data
+                elif kind == "forecast":
+                    target = data[1].cpu().numpy()
+                    known = np.flatnonzero(~np.isnan(target).all(1))
+                    forecasts.append(i * T + t + known)
+                    targets.append(target[known])
+                elif kind == "image" and len(orders) > 1:
+                    span, scans = self.scan_image(t, data)
+                    orders[:, i, span] = scans[: len(orders)]
+                t += n
+        labels, forecasts = tokens[:, 1:], np.concatenate(forecasts)
+        answers = np.flatnonzero(labels != -100)
+        sample_of = np.concatenate([answers, forecasts]) // T
+        n_targets = np.bincount(sample_of, minlength=B)
+        return Batch(
+            ids=torch.from_numpy(ids),
+            media=media,
+            rows=torch.from_numpy(rows),
+            labels=torch.from_numpy(labels),
+            lengths=torch.from_numpy(np.array(lengths)),
+            orders=[None, *torch.from_numpy(orders[1:])],
+            answers=torch.from_numpy(answers),
+            forecasts=torch.from_numpy(forecasts),
+            targets=torch.from_numpy(np.concatenate(targets)),
+            n_targets=torch.from_numpy(n_targets[sample_of]),
+            n_samples=np.count_nonzero(n_targets),
+        )
+
+    def scan_image(self, t, image):
+        """The positions, from t on, of a picture's vectors without that of the whole picture, and the orders to read them in."""
+        encoder, cls = self.encoder["image"], self.cls("image")
+        ends, first = self.adapter["image"].window_ends(encoder.length(image)), int(cls == "first")
+        span = range(t + first, t + len(ends) - int(cls == "last"))
+        return span, scan(span, [end - first for end in ends[first:]], encoder.columns(image))
+
     def fuse(self, samples):
-        """Samples of segments to one padded batch.
+        """
+        Samples of segments, or a Batch, to one padded batch.
 
         Returns: x (B, T, C), padded on the right; labels (B, T), the token each position has to predict,
         -100 where none; lengths (B,); orders, what the layers take turns to gather their input by, (B, T) each, None for as it is.
         """
-        device = self.emb.weight.device
-        ids = torch.tensor(
-            [i for sample in samples for kind, data in sample if kind in ("text", "answer") for i in data],
-            dtype=torch.long,
-        )
-        if len(ids) and not 0 <= ids.min() <= ids.max() < self.emb.num_embeddings:
-            raise InputError(f"token {ids.max()} is beyond the model's vocabulary of {self.emb.num_embeddings}")
-        vectors = {
-            "text": iter(
-                self.emb(ids.to(device)).split([len(d) for s in samples for k, d in s if k in ("text", "answer")])
-            )
-        }
-        source = {"answer": "text", "forecast": "series"}
-        for kind in {source.get(kind, kind) for sample in samples for kind, _ in sample} & set(MEDIA):
-            if kind not in self.encoder:
-                raise InputError(f"this model has no {kind} encoder")
-            signals = [
-                data[0] if k == "forecast" else data
-                for sample in samples
-                for k, data in sample
-                if source.get(k, k) == kind
-            ]
-            vectors[kind] = self.encoder[kind](signals)
+        # 1. Count what is where, on the CPU
+        batch = self.collate(samples).to(self.emb.weight.device)
+        # 2. Encode all media of a kind at once
+        vectors = [self.emb(batch.ids)]  # (n, C)
+        for kind, (n, encoder_inputs, adapter_inputs) in batch.media.items():
+            features = self.encoder[kind](*encoder_inputs)  # (L, width)
             if self.cls(kind) == "last":
-                vectors[kind] = [x.roll(-1, 0) for x in vectors[kind]]
-            vectors[kind] = iter(self.adapter[kind](vectors[kind]))
-        xs, labels, pictures = [], [], []
-        for sample in samples:
-            x, label = [], []
-            for kind, data in sample:
-                x.append(next(vectors[source.get(kind, kind)]))
-                if kind == "image":
-                    pictures.append((len(xs), range(len(label), len(label) + len(x[-1])), data))
-                label += data if kind == "answer" else [-100] * len(x[-1])
-            xs.append(torch.cat(x))
-            labels.append(torch.tensor(label[1:] + [-100]))
-        x, orders = pad(xs), [None]
-        if pictures:
-            orders += [torch.arange(x.shape[1]).repeat(len(x), 1) for _ in range(SCANS[self.config.scan] - 1)]
-        for i, span, data in pictures if len(orders) > 1 else ():
-            encoder, ends = self.encoder["image"], self.adapter["image"].ends(self.encoder["image"].length(data))
-            first = self.cls("image") == "first"
-            span = span[first : -1 if self.cls("image") == "last" else None]
-            ways = scan(span, [end - first for end in ends[first:]], encoder.columns(data))
-            for order, way in zip(orders[1:], ways[1:]):
-                order[i, span.start : span.stop] = torch.tensor(way)
-        orders = [None] + [order.to(device) for order in orders[1:]]
-        lengths = torch.tensor([len(x) for x in xs], device=device)
-        return x, pad_sequence(labels, True, -100).to(device), lengths, orders
+                features = features.unflatten(0, (n, -1)).roll(-1, 1).flatten(0, 1)
+            vectors.append(self.adapter[kind](features, *adapter_inputs))  # (L', C)
+        # 3. Place all of them by one gather
+        x = gather(vectors, batch.rows)  # (B, T, C)
+        return x, batch.labels, batch.lengths, batch.orders
 
-    def hidden(self, x, state=None, lengths=None, orders=(None,)):
+    def backbone(self, x, state=None, lengths=None, orders=(None,)):
         """(B, T, C) into the blocks -> (B, T, C) out of ln_out, and the new state."""
         v_first, new = None, []
+        backs = [None if order is None else order.argsort(1) for order in orders]
         for layer, (block, s) in enumerate(zip(self.blocks, state or [(None, None, None)] * len(self.blocks))):
-            order = orders[layer % len(orders)]
+            order, back = orders[layer % len(orders)], backs[layer % len(orders)]
             if self.checkpoint_activations and torch.is_grad_enabled():
                 block = functools.partial(checkpoint, block, use_reentrant=False)
             if order is None:
                 x, v, s = block(x, v_first, s, lengths)
                 v_first = v if v_first is None else v_first
             else:  # the residual stream keeps its order between the layers
-                back = order.argsort(1)
                 x, _, s = block(reorder(x, order), reorder(v_first, order) if v_first is not None else None, s, lengths)
                 x = reorder(x, back)
             new.append(s)
@@ -1374,38 +1513,34 @@ class ModRWKV(nn.Module):
         Returns: logits (B, T, V), of no meaning beyond a sample's length, and each sample's own state.
         """
         x, _, lengths, orders = (self.emb(idx), None, None, [None]) if torch.is_tensor(idx) else self.fuse(idx)
-        x, state = self.hidden(x, state, lengths, orders)
+        x, state = self.backbone(x, state, lengths, orders)
         return self.head(x), state
 
     def loss(self, samples, count=None, reduction="token", l2wrap=0.0):
         """Cross-entropy of the answers' tokens; only they go through the head. Of a forecast, half Huber's and half the absolute
         error of the normalised points, a vector counting as a token.
 
-        Args: reduction: "token", the sum divided by `count` (by default the number of these tokens), or "sample", the sum
-        of each sample's mean divided by `count` (by default the number of samples that have any), as VisualRWKV v6 has it;
+        Args: samples: as of fuse; reduction: "token", the sum divided by `count` (by default the number of these tokens), or "sample",
+        the sum of each sample's mean divided by `count` (by default the number of samples that have any), as VisualRWKV v6 has it;
         l2wrap: weight of half the square of each largest logit, which keeps logits from drifting (L2Wrap, [4], explicit).
         """
-        x, labels, _, orders = self.fuse(samples)
-        x, _ = self.hidden(x, orders=orders)
-        text = labels != -100
-        logits, learned = self.head(x[text]).float(), text
-        losses = F.cross_entropy(logits, labels[text], reduction="none") + l2wrap / 2 * logits.max(-1).values ** 2
-        series = [i for i, sample in enumerate(samples) if sample[0][0] == "forecast"]
-        if series:
-            targets = torch.stack([samples[i][0][1][1] for i in series]).to(x.device)
-            n, there = targets.shape[1], ~targets.isnan()
-            points, targets = self.forecast_head(x[series, :n]).float(), targets.nan_to_num()
-            errors = (
-                F.smooth_l1_loss(points, targets, reduction="none") + F.l1_loss(points, targets, reduction="none")
-            ) / 2
-            there, errors = there.any(2), (errors * there).sum(2) / there.sum(2).clamp(min=1)
-            losses, learned = torch.cat([losses, errors[there]]), text.clone()
-            learned[series, :n] = there
+        batch = self.collate(samples).to(self.emb.weight.device)
+        x, labels, _, orders = self.fuse(batch)
+        x = self.backbone(x, orders=orders)[0].flatten(0, 1)  # (B T, C)
+        logits = self.head(take(x, batch.answers)).float()  # (m, V)
+        losses = F.cross_entropy(logits, labels.take(batch.answers), reduction="none")
+        if l2wrap:
+            losses = losses + l2wrap / 2 * logits.max(-1).values ** 2
+        if len(batch.forecasts):
+            points = self.forecast_head(take(x, batch.forecasts)).float()  # (f, horizon)
+            known, targets = ~batch.targets.isnan(), batch.targets.nan_to_num()
+            huber = F.smooth_l1_loss(points, targets, reduction="none")
+            errors = (huber + F.l1_loss(points, targets, reduction="none")) / 2
+            losses = torch.cat([losses, (errors * known).sum(1) / known.sum(1)])
         if reduction == "sample":
-            each = learned.sum(1, keepdim=True).expand_as(labels)
-            losses = losses / (torch.cat([each[text], each[series, :n][there]]) if series else each[text])
-        units = learned.sum() if reduction == "token" else learned.any(1).sum()
-        return losses.sum() / (count or units.clamp(min=1))
+            losses = losses / batch.n_targets
+        units = len(batch.n_targets) if reduction == "token" else batch.n_samples
+        return losses.sum() / (count or max(1, units))
 
     # -- forecast and generate --
 
@@ -1427,7 +1562,7 @@ class ModRWKV(nn.Module):
             deviations = [scale or x[x.isfinite()].std(correction=0) for x in series]
             points, means, deviations = zip(*(normalise(x, scale=d) for x, d in zip(recent, deviations)))
             x, *_ = self.fuse([[("series", p)] for p in points])
-            y = self.forecast_head(self.hidden(x)[0][:, -1]).cpu().double()
+            y = self.forecast_head(self.backbone(x)[0][:, -1]).cpu().double()
             means, deviations = torch.tensor([means, deviations], dtype=torch.float64)[..., None]
             ahead.append(y * deviations + means)
             series = [torch.cat([x, y]) for x, y in zip(series, ahead[-1])]
@@ -1446,7 +1581,7 @@ class ModRWKV(nn.Module):
         device, B = self.emb.weight.device, len(samples)
         rngs = [torch.Generator(device).manual_seed(seed) for _ in samples]
         x, _, lengths, orders = self.fuse(samples)
-        x, state = self.hidden(x, state, lengths, orders)
+        x, state = self.backbone(x, state, lengths, orders)
         x = x[torch.arange(B, device=device), lengths - 1]
         done = [False] * B
         for step in range(max_new_tokens):
@@ -1456,10 +1591,10 @@ class ModRWKV(nn.Module):
             done = [token is None or token in end or stops for token, stops in zip(new, stopped)]
             if all(done) or step == max_new_tokens - 1:
                 break
-            x, state = self.hidden(self.emb(tokens)[:, None], state)
+            x, state = self.backbone(self.emb(tokens)[:, None], state)
             x = x[:, 0]
         if B == 1:
-            return state if new[0] in end else self.hidden(self.emb(tokens)[:, None], state)[1]
+            return state if new[0] in end else self.backbone(self.emb(tokens)[:, None], state)[1]
 
 
 def pick(logits, temperature, top_k, top_p, generator):

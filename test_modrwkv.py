@@ -43,6 +43,7 @@ import torch.utils.checkpoint
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import modrwkv
 import sample
@@ -133,6 +134,19 @@ codes = lambda string: [
 text = lambda string: ("text", codes(string))
 pixels = lambda seed, *shape: np.random.RandomState(seed).randint(0, 256, shape, np.uint8)
 picture = lambda seed, patches=3: ("image", torch.from_numpy(pixels(seed, 3, 32, 8 * patches)))
+
+
+def features(encoder, media):
+    """What an encoder makes of a batch, as one tensor (length, width) for each."""
+    return encoder(*encoder.collate(media)).split([encoder.length(x) for x in media])
+
+
+def adapted(adapter, xs):
+    """What an adapter makes of a batch of features (length, width), as one tensor (windows, n_embd) for each."""
+    lengths = [len(x) for x in xs]
+    return adapter(torch.cat(xs), *adapter.collate(lengths)).split([adapter.length(n) for n in lengths])
+
+
 sound = lambda seed, frames=30: (
     "audio",
     torch.from_numpy(np.random.RandomState(seed).randn(80, frames).astype(np.float32)),
@@ -1202,7 +1216,7 @@ def test_every_size_becomes_patches(size, patch_width, trim):
     x = load_media(encoder, noise(*size))
     assert x.shape[:2] == (3, 32) and x.shape[2] % patch_width == 0
     assert 1 <= x.shape[2] / patch_width == encoder.length(x) <= 16 * 32 / patch_width + 1
-    y = encoder([x])[0]
+    y = features(encoder, [x])[0]
     assert y.shape == (encoder.length(x), 64) and y.isfinite().all()
 
 
@@ -1229,7 +1243,7 @@ def test_patches_are_cut_row_by_row():
     encoder = randomise(PatchEncoder(Config(encoder_width=8, image_height=24, patch_height=12, patch_width=8))).double()
     images = [torch.from_numpy(pixels(width, 3, 24, width)) for width in (24, 8, 16)]
     gelu = lambda x: x * (1 + torch.erf(x / 2**0.5)) / 2
-    for image, got in zip(images, encoder(images)):
+    for image, got in zip(images, features(encoder, images)):
         x = (1 - image.double() / 255)[None]
         for conv in (encoder.conv1, encoder.conv2):  # 4 pixels become 1
             x = gelu(F.conv2d(x, conv.weight, conv.bias, stride=2, padding=1))
@@ -1268,10 +1282,10 @@ COUNTS = {
 def test_adapter_is_conv_mlp_and_norm(kernel, stride):
     adapter = randomise(Adapter(12, 16, 2, kernel, stride)).double()
     signals = [torch.randn(n, 12, generator=torch.Generator().manual_seed(n)).double() for n in [23, *range(1, 16), 40]]
-    for x, y in zip(signals, adapter(signals)):
+    for x, y in zip(signals, adapted(adapter, signals)):
         assert len(y) == adapter.length(len(x)) >= 1
         assert distance(y, plain_adapter(adapter, x)) < 1e-12
-        assert distance(adapter([x])[0], y) < 1e-12  # alone as in the batch
+        assert distance(adapted(adapter, [x])[0], y) < 1e-12  # alone as in the batch
     lengths = tuple(map(adapter.length, (577, 576, 720)))
     assert COUNTS.get((kernel, stride), lengths) == lengths
 
@@ -1283,9 +1297,9 @@ def test_each_vector_of_a_series_is_given_its_place_from_the_end(kind):
     assert adapter.place.shape == (9, 16) and 1.5 < adapter.place.std() < 2.5
     adapter = randomise(adapter).double()
     signals = [torch.randn(n, 12, generator=torch.Generator().manual_seed(n)).double() for n in (20, 1, 9, 60)]
-    placed, place = adapter(signals), adapter.place.clone()
+    placed, place = adapted(adapter, signals), adapter.place.clone()
     adapter.place.zero_()
-    for x, y, z in zip(signals, placed, adapter(signals)):
+    for x, y, z in zip(signals, placed, adapted(adapter, signals)):
         n = len(y)
         for i in range(n):
             assert distance(y[i] - z[i], place[max(0, 9 - n + i)]) < 1e-12
@@ -1369,11 +1383,10 @@ def test_a_sound_in_a_batch_is_the_sound_alone_through_the_convolutions():
     sounds = [sound(n, n)[1] for n in (1, 2, 7, 90, 16)]
     gelu = lambda x: x * (1 + torch.erf(x / 2**0.5)) / 2
     z = dict(encoder.named_parameters())
-    for x, got in zip(sounds, encoder(sounds)):
+    for x, got in zip(sounds, features(encoder, sounds)):
         want = torch.maximum(x, x.max() - 1)
-        want = gelu(
-            F.conv1d((want - want.mean(1, keepdim=True)).double()[None], z["conv1.weight"], z["conv1.bias"], padding=1)
-        )
+        want = (want - want.double().mean(1, keepdim=True).float()).double()
+        want = gelu(F.conv1d(want[None], z["conv1.weight"], z["conv1.bias"], padding=1))
         want = gelu(F.conv1d(want, z["conv2.weight"], z["conv2.bias"], stride=2, padding=1))[0]
         for i, d in enumerate((1, 2, 4, 8)):
             padded = F.pad(want, (2 * d, 2 * d))
@@ -1384,11 +1397,13 @@ def test_a_sound_in_a_batch_is_the_sound_alone_through_the_convolutions():
             want = want + gelu(z[f"deep.{i}.1.weight"][:, :, 0] @ y + z[f"deep.{i}.1.bias"][:, None])
         assert want.shape[1] == encoder.length(x) and distance(got, want.T) < 1e-12
     flat = [x / x.abs().max() / 4 for x in sounds]  # nothing 40 dB below the loudest
-    for got, again in zip(encoder(flat), encoder([x + torch.arange(80)[:, None] / 200 for x in flat])):
+    for got, again in zip(
+        features(encoder, flat), features(encoder, [x + torch.arange(80)[:, None] / 200 for x in flat])
+    ):
         assert distance(again, got) < 1e-4  # a microphone that is louder in some bins is not heard
     x = sounds[3] - sounds[3].max()
     assert (
-        distance(*encoder([x, torch.where(x < -1.1, x - 1, x)])) == 0 and (x < -1.1).any()
+        distance(*features(encoder, [x, torch.where(x < -1.1, x - 1, x)])) == 0 and (x < -1.1).any()
     )  # nor what is far fainter than the loudest
 
 
@@ -1397,7 +1412,7 @@ def test_speech_adapter_halves_and_has_no_norm():
     adapter = randomise(SpeechAdapter(12, 16, 2)).double()
     z = {name: p.numpy() for name, p in adapter.named_parameters()}
     signals = [torch.randn(n, 12, generator=torch.Generator().manual_seed(n)).double() for n in [23, *range(1, 9), 40]]
-    for x, y in zip(signals, adapter(signals)):
+    for x, y in zip(signals, adapted(adapter, signals)):
         padded = np.pad(x.numpy(), ((2, 2), (0, 0)))
         x = (
             np.stack(
@@ -1414,18 +1429,18 @@ def test_speech_adapter_halves_and_has_no_norm():
 def test_wavenet_is_causal_and_a_series_in_a_batch_is_the_series_alone():
     encoder = randomise(WaveNet(Config(encoder_width=8))).double()
     batch = [series(n, n)[1].double() for n in (1, 2, 16, 17, 60)]
-    for x, got in zip(batch, encoder(batch)):
-        assert got.shape == (encoder.length(x), 8) and distance(got, encoder([x])[0]) < 1e-12
-    x, full = batch[-1], encoder(batch)[-1]
+    for x, got in zip(batch, features(encoder, batch)):
+        assert got.shape == (encoder.length(x), 8) and distance(got, features(encoder, [x])[0]) < 1e-12
+    x, full = batch[-1], features(encoder, batch)[-1]
     for t in range(60):
         other = x.clone()
         other[0, t] += 1
-        changed = (encoder([other])[0] - full).abs().amax(1) > 1e-12
+        changed = (features(encoder, [other])[0] - full).abs().amax(1) > 1e-12
         assert not changed[:t].any() and changed[t]  # no vector knows what comes after it
         assert not changed[t + 17 :].any()  # 1 + 1 + 2 + 4 + 8 points, and the one before them, are all that it sees
     z = {name: p.numpy() for name, p in encoder.named_parameters()}
     at = lambda name, x, j=0: z[f"{name}.weight"][:, :, j] @ x
-    for x, got in zip(batch, encoder(batch)):
+    for x, got in zip(batch, features(encoder, batch)):
         x = x.numpy()
         x = np.vstack([x, 5 * np.diff(x[0], prepend=x[0, 0])])
         h, skips = at("start", x) + z["start.bias"][:, None], 0
@@ -1475,11 +1490,11 @@ def test_timer_is_the_formula():
         (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5) * z[f"{at}.weight"] + z[f"{at}.bias"]
     )
     batch = [series(n, n)[1].double() for n in (1, 4, 7, 8, 23)]
-    for points, got in zip(batch, encoder(batch)):
+    for points, got in zip(batch, features(encoder, batch)):
         n = len(points[0])
         assert (
-            len(got) == encoder.length(points) == max(1, n // 4) == len(encoder.ends(n))
-            and encoder.ends(n)[-1] == n - 1
+            len(got) == encoder.length(points) == max(1, n // 4) == len(encoder.window_ends(n))
+            and encoder.window_ends(n)[-1] == n - 1
         )
         x = points[0].numpy()[n % 4 :] if n >= 4 else np.pad(points[0].numpy(), (4 - n, 0))  # the newest points count
         x = x.reshape(-1, 4) @ z["model.embed_layer.emb.weight"].T
@@ -1605,7 +1620,7 @@ def test_tables_and_columns(tmp_path):
 @torch.no_grad()
 def test_pictures_stand_where_they_were_put(model):
     A, B, t1, t2 = picture(1, 5), picture(2, 2), text("first "), text("second")
-    vectors = {id(s): model.adapter["image"](model.encoder["image"]([s[1]]))[0] for s in (A, B)}
+    vectors = {id(s): adapted(model.adapter["image"], features(model.encoder["image"], [s[1]]))[0] for s in (A, B)}
     vectors |= {id(s): model.emb.weight[torch.tensor(s[1])] for s in (t1, t2)}
     before, after = [text("ab"), B], [A, text("c")]
     batches = [
@@ -1682,7 +1697,7 @@ def test_what_is_ahead_changes_nothing_that_a_forecast_is_made_from(model):
         other = torch.cat([x[: n - 12], 100 * torch.randn(12)])
         [(_, (same, changed))] = model.window(other)
         assert torch.equal(points, same) and not torch.equal(targets[-1], changed[-1])
-        learned = model.hidden(model.fuse([[("series", points)]])[0])[0][:, -1]
+        learned = model.backbone(model.fuse([[("series", points)]])[0])[0][:, -1]
         ahead = model.forecast([x[: n - 12]])[0]
         _, mean, deviation = modrwkv.normalise(x[max(0, n - 60) : n - 12], scale=x[: n - 12].std(correction=0))
         assert (
@@ -1704,7 +1719,7 @@ def test_the_loss_of_forecasts_and_answers_together(model):
     windows, words = [model.window(x, rng) for _ in range(3)], [text("what?"), ("answer", [20, 21, 22])]
     errors = []
     for [(_, (points, targets))] in windows:
-        ahead = model.forecast_head(model.hidden(model.fuse([[("series", points)]])[0])[0])[0].numpy()
+        ahead = model.forecast_head(model.backbone(model.fuse([[("series", points)]])[0])[0])[0].numpy()
         for predicted, target in zip(ahead, targets.double().numpy()):
             there = ~np.isnan(target)
             if there.any():
@@ -1796,6 +1811,73 @@ def test_a_sample_in_a_batch_is_the_sample_alone(model, plans, seed):
         both, both_state = model([segments + more[i]])
         assert distance(logits2[i, : both.shape[1] - n], both[0, n:]) < 1e-6
         assert_state_equal(own(state2), both_state)
+
+
+@trials(8)
+@given(plans=st.lists(st.lists(SEGMENT, max_size=4), min_size=2, max_size=4), seed=SEEDS)
+@example(plans=[[("answer", 3), ("image", 20), ("answer", 9)], [("audio", 3), ("answer", 2), ("series", 9)]], seed=0)
+def test_gradients_of_a_batch_are_the_sum_of_its_samples_gradients(model, plans, seed):
+    """Against one sample at a time, where nothing is padded, and against the same batch made in another process."""
+    samples = [make_sample(plan, seed + i) for i, plan in enumerate(plans)]
+    samples.append(model.window(torch.arange(90).double().sin(), random.Random(seed)))
+    parameters = dict(model.named_parameters())
+
+    def gradients(loss):
+        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
+        return dict(zip(parameters, found))
+
+    batch = pickle.loads(pickle.dumps(model.collate(samples)))
+    together, again = gradients(model.loss(samples, count=1)), gradients(model.loss(batch, count=1))
+    alone = [gradients(model.loss([sample], count=1)) for sample in samples]
+    for name, g in together.items():
+        assert torch.equal(g, again[name])
+        assert distance(g, sum(own[name] for own in alone)) < 1e-6
+    assert len(batch.n_targets) == sum(map(train.learned_tokens, samples))
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that compute: each is a kernel on a GPU. Views and what numpy does are not counted."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if not (operation.is_view or operation in (torch.ops.aten._unsafe_view.default, torch.ops.aten.detach.default)):
+            self.names[str(operation.overloadpacket)] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not modrwkv.has_kernel("cpu"), reason="the recurrence without kernel.cu takes more, by length")
+def test_operations_do_not_grow_with_the_batch(digits, capsys):
+    """Of a training step on data/digits with default settings, and of mixed samples; none waits for a GPU to say how many."""
+
+    def count(model, samples):
+        with Operations() as fuse:
+            model.fuse(samples)
+        with Operations() as forward:
+            loss = model.loss(samples)
+        with Operations() as backward:
+            loss.backward()
+        model.zero_grad()
+        ask = {"aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.index", "aten.is_nonzero"}
+        assert not ask & set(fuse.names + forward.names + backward.names)
+        return [sum(operations.names.values()) for operations in (fuse, forward, backward)]
+
+    model = ModRWKV(Config())
+    samples = [model.sample(record) for record in read_records(digits / "train.jsonl")[:64]]
+    counts = count(model, samples)
+    with capsys.disabled():
+        print("\noperations at batch 64: {} in fuse, {} forward, {} backward".format(*counts))
+    assert len(samples) == 64 and counts == count(model, samples[:8])
+    assert counts[0] <= 30 and counts[1] <= 155 and counts[2] <= 255  # 482, 617 and 592 before there was a gather
+    model = ModRWKV(dataclasses.replace(SMALL, scan="multi", n_layer=4))
+    mixed = [
+        [picture(i, 1 + i % 5), sound(i, 9 + i), series(i, 5 + i), text("a" * i), ("answer", [20] * (1 + i))]
+        for i in range(16)
+    ]
+    mixed += [model.window(torch.arange(90).double().sin(), random.Random(i)) for i in range(4)]
+    assert count(model, mixed) == count(model, mixed[-7:])
 
 
 @torch.no_grad()
@@ -1932,7 +2014,7 @@ def test_scan_orders_of_a_grid():
     forward, backward, down, up = map(list, modrwkv.scan(span, range(12), 4))
     assert forward == list(span) and backward == forward[::-1] and up == down[::-1]
     assert np.array_equal(np.array(down).reshape(4, 3), np.arange(10, 22).reshape(3, 4).T)
-    ends = Adapter(8, 8, 1, 3, 2).ends(12)  # 1, 3, 5, ...: the second and last column of each row
+    ends = Adapter(8, 8, 1, 3, 2).window_ends(12)  # 1, 3, 5, ...: the second and last column of each row
     assert list(ends) == [1, 3, 5, 7, 9, 11]
     assert list(modrwkv.scan(range(6), ends, 4)[2]) == [0, 2, 4, 1, 3, 5]
     assert list(modrwkv.scan(range(4), range(4), 4)[2]) == [0, 1, 2, 3]  # one row: down is forward
@@ -1943,8 +2025,8 @@ def test_scan_orders_of_a_grid():
 def test_windows_end_where_the_adapter_says(kernel, stride, n):
     adapter = randomise(Adapter(4, 8, 8, kernel, stride)).double()
     x = torch.randn(n, 4, dtype=torch.double).requires_grad_()
-    [y] = adapter([x])
-    ends = adapter.ends(n)
+    [y] = adapted(adapter, [x])
+    ends = adapter.window_ends(n)
     assert len(ends) == len(y) == adapter.length(n)
     for vector, end in zip(y, ends):
         [g] = torch.autograd.grad(vector.sum(), x, retain_graph=True)
@@ -2507,8 +2589,11 @@ class Pretrained(torch.nn.Module):
     def columns(self, data):
         return 3
 
-    def forward(self, batch):
-        return batch
+    def collate(self, batch):
+        return [torch.cat(batch)]
+
+    def forward(self, x):
+        return x
 
 
 class Whole(Pretrained):
@@ -2553,7 +2638,7 @@ def test_released_layouts(layout, pretrained, official, official_before_7, tmp_p
     if formula:
         [kind] = ours.adapter
         signals = [torch.randn(n, WIDTH, generator=torch.Generator().manual_seed(n)) for n in (9, 4)]
-        for x, got in zip(signals, ours.adapter[kind](signals)):
+        for x, got in zip(signals, adapted(ours.adapter[kind], signals)):
             assert distance(got, formula(x)) < 1e-5
         blind = load(path, template="v2", **{f"{kind}_encoder": "none"})
         assert blind.config.template == "v2" and set(blind.state_dict()) == {
@@ -3061,7 +3146,7 @@ def test_pretrained_eyes_see_what_the_library_sees(family, folders):
     pictures = [noise(*size) for size in SIZES] + [noise(50, 60).convert(mode) for mode in ("L", "P")]
     want = theirs(**processor([picture.convert("RGB") for picture in pictures], return_tensors="pt")).last_hidden_state
     signals = [load_media(encoder, picture) for picture in pictures]
-    for x, got in zip(want, encoder.double()(signals), strict=True):
+    for x, got in zip(want, features(encoder.double(), signals), strict=True):
         assert got.shape == (16 + encoder.cls, 32) and distance(got, x) < 1e-5
     assert encoder.width == 32 and encoder.cls == (family in ("clip", "dinov2")) and encoder.columns(signals[0]) == 4
     assert {encoder.length(x) for x in signals} == {16 + encoder.cls}
@@ -3071,9 +3156,9 @@ def test_pretrained_eyes_see_what_the_library_sees(family, folders):
 def test_several_eyes_side_by_side(folders):
     parts = [modrwkv.read_pretrained("image", folders(family)) for family in ("dinov2", "siglip")]
     both = modrwkv.read_pretrained("image", f"{folders('dinov2')}+{folders('siglip')}")
-    got = both([load_media(both, noise(50, 40)), load_media(both, noise(30, 90))])
+    got = features(both, [load_media(both, noise(50, 40)), load_media(both, noise(30, 90))])
     for y, size in zip(got, ((50, 40), (30, 90))):
-        dino, siglip = (part([load_media(part, noise(*size))])[0] for part in parts)
+        dino, siglip = (features(part, [load_media(part, noise(*size))])[0] for part in parts)
         assert distance(y, torch.cat([dino[1:], siglip], 1)) < 1e-6
     assert (both.width, both.cls, both.length(None), both.columns(None)) == (64, False, 16, 4)
     message = refusal(modrwkv.read_pretrained, "image", f"{folders('dinov2, finer')}+{folders('siglip')}")
@@ -3116,10 +3201,12 @@ def test_pretrained_ears_hear_in_a_batch_what_the_library_hears_alone(family, fo
     ]
     signals = [load_media(encoder, x) for x in sounds]
     alone = whisper_alone if family == "whisper" else wavlm_alone
-    for x, prepared, got in zip(sounds, signals, encoder(signals), strict=True):
+    for x, prepared, got in zip(sounds, signals, features(encoder, signals), strict=True):
         assert distance(got, alone(folders(family), x)) < 1e-5
         assert len(got) == encoder.length(prepared)
-    assert encoder([load_media(encoder, sounds[0][:9])])[0].isfinite().all()  # shorter than what the first vector sees
+    assert (
+        features(encoder, [load_media(encoder, sounds[0][:9])])[0].isfinite().all()
+    )  # shorter than what the first vector sees
 
 
 def test_pretrained_ears_count_as_published(folders):
@@ -3208,7 +3295,7 @@ def test_preparations_as_older_folders_have_them(folders, tmp_path):
     want = hf.CLIPVisionModel.from_pretrained(folder)(
         **processor([noise(57, 40)], return_tensors="pt")
     ).last_hidden_state[0]
-    assert distance(encoder([load_media(encoder, noise(57, 40))])[0], want) < 1e-5
+    assert distance(features(encoder, [load_media(encoder, noise(57, 40))])[0], want) < 1e-5
 
 
 def test_the_code_of_a_folder_is_not_run(tmp_path, monkeypatch):
@@ -3271,7 +3358,7 @@ def test_features_are_kept_only_while_they_are_true(folders, tmp_path):
     keep = lambda encoder=encoder: cached(encoder, str(tmp_path / "x.png"), cache).vectors
     files = lambda: sorted(path for path in Path(cache).rglob("*") if path.is_file())
     first = keep()
-    [true] = encoder([load_media(encoder, tmp_path / "x.png")])
+    [true] = features(encoder, [load_media(encoder, tmp_path / "x.png")])
     assert first.dtype == torch.float16 and (first.float() - true).abs().max() <= true.abs().max() / 2000
     assert torch.equal(keep(), first) and len(files()) == 1
     [file] = files()
@@ -3340,11 +3427,11 @@ def test_a_released_model_sees_through_its_encoder(folders, tmp_path):
     torch.save(official_weights(2, C_) | under("modality.world_encoder.adapter.", adapter), tmp_path / "x.pth")
     model = load(tmp_path / "x.pth", image_encoder=folders("siglip"), tokenizer="bytes")
     encoder = modrwkv.read_pretrained("image", folders("siglip"))
-    [seen] = encoder([load_media(encoder, noise(30, 40))])
+    [seen] = features(encoder, [load_media(encoder, noise(30, 40))])
     y = layer(torch.relu(layer(seen, adapter, "proj.0")), adapter, "proj.2")
     y = y + norm(y, adapter["pre_norm.weight"], adapter["pre_norm.bias"])
     tokens = model.emb(torch.tensor([*codes("\x16"), 258, *codes(" What?\x17"), 259]))  # User: and Assistant:
-    x, _ = model.hidden(torch.cat([y, tokens])[None])
+    x, _ = model.backbone(torch.cat([y, tokens])[None])
     got, _ = model([data_records.question(model, "What?", [("image", noise(30, 40))])])
     assert distance(got, model.head(x)) < 1e-5
 
@@ -4158,13 +4245,8 @@ def test_data_that_is_made_from_files_of_ones_own_says_so(name, tmp_path, monkey
     assert "the following arguments are required" in capfd.readouterr().err
 
 
-README = (
-    (REPO / "README.md")
-    .read_text(encoding="utf-8")
-    .replace("\\\n", "")
-    .split("## The papers' recipes")[1]
-    .split("\n## ")[0]
-)
+README = (REPO / "data" / "llava" / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
+README = README.split("## The papers' recipes")[1].split("\n## ")[0]
 RECIPES = [shlex.split(line.split("train.py")[1]) for line in README.splitlines() if line.startswith("torchrun")]
 PUBLISHED = {  # samples in the published data or in the papers' runs, and their learning rate: highest, last
     "see1": (595_375, 1e-3, 0), "see2": (665_298 - 40_688, 2e-5, 0), "hear1": (281_241, 1e-4, 1e-4), "hear2": (281_241, 1e-4, 5e-5),

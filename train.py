@@ -358,7 +358,7 @@ def step_memory(model, samples, bf16, parts=1, accumulates=False):
         torch.autocast(device.type, torch.bfloat16, enabled=bf16),
     ):
         x = torch.empty(len(samples), T, model.config.n_embd, device=device, requires_grad=True)
-        y, _ = model.hidden(x)
+        y, _ = model.backbone(x)
         logits = model.head(y.flatten(0, 1)[:learned]).float()
         loss = torch.nn.functional.cross_entropy(logits, torch.zeros(learned, dtype=torch.long, device=device))
         gradients = torch.autograd.grad(loss, [x, *trained] if together else [x], allow_unused=True)[1:]

@@ -263,7 +263,7 @@ def cached(encoder, path, folder):
             data = f.read()
         if data == sealed(data[32:]):
             return Features(torch.from_numpy(np.load(io.BytesIO(data[32:]))))
-    [vectors] = encoder([load_media(encoder, path)])
+    vectors = encoder(*encoder.collate([load_media(encoder, path)]))
     half, body = vectors.half().cpu(), io.BytesIO()
     features = Features(half if half.isfinite().all() else vectors.float().cpu())
     np.save(body, features.vectors.numpy())
