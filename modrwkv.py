@@ -63,56 +63,54 @@ class InputError(ValueError):
     """Something the user gave cannot be used; the message is one sentence that says what and why."""
 
 
-def setting(default, help):
-    return dataclasses.field(default=default, metadata={"help": help})
+def setting(default, help, choices=(), least=None):
+    """A field of Config or of a script's flags: its help, and what it may be (see check_settings)."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "least": least})
+
+
+def check_settings(settings):
+    """Raises InputError unless each setting is one of its choices and at least its least value."""
+    for f in dataclasses.fields(settings):
+        value, choices, least = getattr(settings, f.name), f.metadata["choices"], f.metadata["least"]
+        if choices and value not in choices:
+            raise InputError(f"{f.name}={value} is not one of {', '.join(map(str, choices))}")
+        if least is not None and value < least:
+            raise InputError(f"{f.name}={value} is not at least {least}")
 
 
 @dataclass
 class Config:
     """What a checkpoint remembers of its model. Each field is a flag of train.py."""
 
-    rwkv: int = setting(7, "generation of the blocks: 5 (decay fixed), 6 (decay of the data) or 7 (delta rule)")
-    n_layer: int = setting(2, "number of RWKV blocks")
-    n_embd: int = setting(128, "width of the model, a multiple of head_size")
-    head_size: int = setting(64, "channels of one head")
-    tokenizer: str = setting("bytes", "bytes, gpt2, or the path of an RWKV World vocabulary (rwkv_vocab_v20230424.txt)")
-    template: str = setting("world", "how turns are written as text: world, v1, v2 or v3")
+    rwkv: int = setting(7, "generation of the blocks: decay fixed, decay of the data, delta rule", (5, 6, 7))
+    n_layer: int = setting(2, "number of RWKV blocks", least=1)
+    n_embd: int = setting(128, "width of the model, a multiple of head_size", least=1)
+    head_size: int = setting(64, "channels of one head", least=1)
+    tokenizer: str = setting("bytes", "bytes, gpt2, or the path of an RWKV World vocabulary: rwkv_vocab_v20230424.txt")
+    template: str = setting("world", "how turns are written as text", ("world", "v1", "v2", "v3"))
     prompt_style: str = setting(
-        "written", "where a question has its pictures: written, first, last, sandwich, before or tagged: PROMPT_STYLES"
+        "written",
+        "where a question has its pictures",
+        ("written", "first", "last", "sandwich", "before", "tagged"),
     )
-    scan: str = setting(
-        "uni",
-        "order in which layers read a picture's vectors: uni, bi (forward, backward) or multi (down, up: layers 3 and 4)",
-    )
-    cls: str = setting(
-        "first",
-        "where clip and dinov2 have the vector of the whole picture: first (ModRWKV) or last (VisualRWKV); it is not scanned",
-    )
-    image_encoder: str = setting(
-        "patch",
-        "patch, from scratch; siglip, clip, dinov2, or the folder or hub id of one (frozen; several: a+b); none: no eyes",
-    )
-    audio_encoder: str = setting(
-        "none", "mel, from scratch; wavlm, whisper, or the folder or hub id of one (frozen); none: no ears"
-    )
-    series_encoder: str = setting(
-        "none", "wavenet, timer (pretrained: see --timer_weights), or none for a model that reads no series"
-    )
-    series_kernel: int = setting(24, "kernel of the Conv1D after the series encoder; 0 for no Conv1D")
-    series_stride: int = setting(24, "stride of that Conv1D: so many points a vector")
-    lookback: int = setting(720, "points of a series that a forecast is made from")
-    horizon: int = setting(96, "points that each vector of a series predicts")
-    image_height: int = setting(32, "a picture is scaled to this many pixels in height; its width follows")
-    patch_height: int = setting(32, "height of a patch in pixels; the image height gives column patches")
-    patch_width: int = setting(4, "width of a patch in pixels")
-    encoder_width: int = setting(128, "width of the vectors of an encoder that is trained from scratch")
+    scan: str = setting("uni", "orders in which layers read a picture by turns: 1, 2 or 4", ("uni", "bi", "multi"))
+    cls: str = setting("first", "where clip and dinov2 have the vector of the whole picture", ("first", "last"))
+    image_encoder: str = setting("patch", "patch, from scratch; siglip, clip, dinov2, a folder or hub id: a+b; none")
+    audio_encoder: str = setting("none", "mel, from scratch; wavlm, whisper, a folder or hub id; none")
+    series_encoder: str = setting("none", "from scratch, or pretrained", ("none", "wavenet", "timer"))
+    series_kernel: int = setting(24, "kernel of the Conv1D after the series encoder; 0 for no Conv1D", least=0)
+    series_stride: int = setting(24, "stride of that Conv1D: so many points a vector", least=1)
+    lookback: int = setting(720, "points of a series that a forecast is made from", least=1)
+    horizon: int = setting(96, "points that each vector of a series predicts", least=1)
+    image_height: int = setting(32, "a picture is scaled to this many pixels in height; its width follows", least=1)
+    patch_height: int = setting(32, "height of a patch in pixels; the image height gives column patches", least=1)
+    patch_width: int = setting(4, "width of a patch in pixels", least=1)
+    encoder_width: int = setting(128, "width of the features of an encoder that is trained from scratch", least=1)
     image_trim: bool = setting(True, "cut away the empty border of a picture")
-    conv_kernel: int = setting(6, "kernel of the Conv1D after the image encoder; 0 for no Conv1D")
-    conv_stride: int = setting(2, "stride of the Conv1D: that many fewer vectors per picture")
-    adapter_kind: str = setting(
-        "mlp", "of pictures and series: mlp (ModRWKV), linear (VisualRWKV 6.0) or gated (VisualRWKV 7.00)"
-    )
-    adapter_scale: int = setting(4, "hidden width of an mlp, in units of n_embd")
+    conv_kernel: int = setting(6, "kernel of the Conv1D after the image encoder; 0 for no Conv1D", least=0)
+    conv_stride: int = setting(2, "stride of the Conv1D: that many fewer vectors per picture", least=1)
+    adapter_kind: str = setting("mlp", "ModRWKV's, VisualRWKV 6.0's, VisualRWKV 7.00's", ("mlp", "linear", "gated"))
+    adapter_scale: int = setting(4, "hidden width of an mlp, in units of n_embd", least=1)
 
 
 MEDIA = ("image", "audio", "series")
@@ -1142,9 +1140,6 @@ ENCODERS = {
 # 6. Adapter
 
 
-ADAPTERS = ("mlp", "linear", "gated")
-
-
 class Adapter(nn.Module):
     """Conv1D(k, s) along the sequence, then y = MLP(x), y + LayerNorm(y) ([1], eq. 4 and 5; [1]'s code, pre_norm);
     or VisualRWKV's projector: linear, W x ([3]), or gated, LayerNorm(O (x * sigmoid(G x))) (its code, v7.00).
@@ -1298,30 +1293,9 @@ class ModRWKV(nn.Module):
         """vocab_size, ranks of the low-rank matrices and hidden width of the FFN: read off a checkpoint, else official. With ranks,
         the language model has no initial values, which take a minute for half a billion parameters: the checkpoint fills it."""
         super().__init__()
-        for name in (
-            "n_layer",
-            "n_embd",
-            "head_size",
-            "image_height",
-            "patch_height",
-            "patch_width",
-            "encoder_width",
-        ) + ("conv_stride", "adapter_scale", "series_stride", "lookback", "horizon"):
-            if getattr(config, name) < 1:
-                raise InputError(f"{name}={getattr(config, name)} is not at least 1")
+        check_settings(config)
         if config.n_embd % config.head_size:
             raise InputError(f"n_embd={config.n_embd} is not a multiple of head_size={config.head_size}")
-        known = {
-            "rwkv": MIXERS,
-            "template": ("world", "v1", "v2", "v3"),
-            "scan": SCANS,
-            "prompt_style": ("written", "first", "last", "sandwich", "before", "tagged"),
-            "adapter_kind": ADAPTERS,
-            "cls": ("first", "last"),
-        }
-        for name, known in known.items():
-            if getattr(config, name) not in known:
-                raise InputError(f"{name}={getattr(config, name)} is not one of {', '.join(map(str, known))}")
         self.config = config
         V, C = vocab_size or VOCAB_SIZES.get(config.tokenizer, 65536), config.n_embd
         with torch.device("meta") if ranks else contextlib.nullcontext():

@@ -25,7 +25,7 @@ from data.records import question, read_records, record_media, record_turns, seg
 from data.released import load
 from data.scores import benchmark, report, score
 from data.text import MARK, generate_text, get_tokenizer
-from modrwkv import MEDIA, InputError, setting
+from modrwkv import MEDIA, InputError, check_settings, setting
 
 
 @dataclass
@@ -69,15 +69,15 @@ def find_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
+        return torch.zeros(1, device=name).device  # "cuda" becomes "cuda:0"
     except (RuntimeError, AssertionError) as e:  # torch built without CUDA asserts
         raise InputError(f"--device={name} cannot be used here: {str(e).splitlines()[0]}") from e
-    return torch.device(name)
 
 
-def flags(about, *classes, argv=None):
+def flags(about, *classes, argv=None, presets=None):
     """Command-line flags for the fields of dataclasses, made with `setting`.
 
+    presets: a function from the value of --data to the flags that hold where they are not given.
     Returns: an instance of each class, and the set of the names that were given.
     """
 
@@ -90,31 +90,38 @@ def flags(about, *classes, argv=None):
             raise ValueError
         return text.lower() in ("true", "1", "yes")
 
-    parser = Parser(
-        usage="python %(prog)s [--name=value ...]",
-        description=about,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    style = argparse.RawDescriptionHelpFormatter
+    usage = "python %(prog)s [--name=value ...]"
+    parser = Parser(usage=usage, description=about, allow_abbrev=False, add_help=False, formatter_class=style)
+    parser.add_argument("-h", "--help", action="store_true", help=argparse.SUPPRESS)
+    metavars, actions, values = {int: "INT", float: "FLOAT", bool: "BOOL", str: "TEXT"}, {}, {}
     for cls in classes:
         group = parser.add_argument_group(cls.__doc__)
-        for field in dataclasses.fields(cls):
-            kind = boolean if field.type is bool else field.type
-            bare = {"nargs": "?", "const": True} if field.type is bool else {}
-            text = f"{field.metadata['help']} [{field.default}]".replace("%", "%%")
-            name = {int: "INT", float: "FLOAT", bool: "BOOL", str: "TEXT"}[field.type]
-            group.add_argument(f"--{field.name}", type=kind, default=argparse.SUPPRESS, metavar=name, help=text, **bare)
+        for f in dataclasses.fields(cls):
+            kind = {"type": boolean, "nargs": "?", "const": True} if f.type is bool else {"type": f.type}
+            actions[f.name] = group.add_argument(
+                f"--{f.name}", default=argparse.SUPPRESS, metavar=metavars[f.type], help=f.metadata["help"], **kind
+            )
+            values[f.name] = f.default
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
-        near = difflib.get_close_matches(
-            name.lstrip("-"), [f.name for cls in classes for f in dataclasses.fields(cls)], 1
-        )
+        near = difflib.get_close_matches(name.lstrip("-"), values, 1)
         parser.error(f"there is no {name}" + (f": did you mean --{near[0]}?" if near else ""))
     given = vars(given)
-    return *(
-        cls(**{f.name: given[f.name] for f in dataclasses.fields(cls) if f.name in given}) for cls in classes
-    ), set(given)
+    wants_help = given.pop("help")
+    if presets:
+        values |= vars(parser.parse_args(presets(given.get("data", values["data"])).split()))
+    values |= given
+    if wants_help:  # each flag with the value that a run will have
+        for name, action in actions.items():
+            action.help = f"{action.help} [{values[name]}]".replace("%", "%%")
+        parser.print_help()
+        sys.exit()
+    settings = [cls(**{f.name: values[f.name] for f in dataclasses.fields(cls)}) for cls in classes]
+    for each in settings:
+        check_settings(each)
+    return *settings, set(given)
 
 
 def ask(model, records, batch_size=64, **how):

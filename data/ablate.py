@@ -17,7 +17,7 @@ import torch
 
 from modrwkv import Config, InputError
 from sample import find_device, flags
-from train import SUITED, Train, find_data
+from train import Train, find_data, presets
 
 TRAIN = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "train.py")
 
@@ -102,11 +102,8 @@ def main(argv=None):
         raise InputError(
             f"{name} is not one of {', '.join(ABLATIONS)}: python -m data.ablate NAME [--flags of train.py]"
         )
-    s, config, given = flags(__doc__, Train, Config, argv=argv)
+    s, config, given = flags(__doc__, Train, Config, argv=argv, presets=presets)
     settings = {flag: value for flag, value in (asdict(s) | asdict(config)).items() if flag in given}
-    for flag, value in SUITED.get(s.data, {}).items():
-        if flag not in given and hasattr(s, flag):
-            setattr(s, flag, value)
     ablate(ABLATIONS[name], s, settings)
 
 

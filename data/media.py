@@ -8,7 +8,6 @@ import io
 import math
 import os
 import re
-import threading
 
 import numpy as np
 import soundfile
@@ -16,6 +15,7 @@ import soxr
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageChops
+from tqdm import tqdm
 
 from modrwkv import (
     AbsentTowers,
@@ -244,35 +244,48 @@ def fingerprint(encoder):
     return hashlib.sha256(b"".join(values) + repr((configs, encoder.preparations)).encode()).hexdigest()
 
 
-def cached(encoder, path, folder):
-    """load_media and forward as Features, kept in `folder` in float16 (values move by less than 1 / 2,000 of themselves): computed anew
-    when weights, config, preparation, or the file's place, size or time have changed, or what is kept does not have its checksum."""
-    try:
-        about = os.stat(path)
-    except OSError:
-        return load_media(encoder, path)  # it knows what to say
-    key = hashlib.sha256(
-        f"{fingerprint(encoder)} {os.path.abspath(path)} {about.st_size} {about.st_mtime_ns}".encode()
-    ).hexdigest()
-    kept, sealed = (
-        os.path.join(folder, key[:2], key),
-        lambda body: hashlib.sha256(key.encode() + body).digest() + body,
-    )
+def feature_file(encoder, path, folder):
+    """Where the features of a file are kept: another place when weights, config, preparation, or the file have changed."""
+    stat = os.stat(path)
+    key = f"{fingerprint(encoder)} {os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}"
+    key = hashlib.sha256(key.encode()).hexdigest()
+    return os.path.join(folder, key[:2], key)
+
+
+def read_features(encoder, path, folder):
+    """The Features of a file in --feature_cache, or None where there are none; damaged ones are removed."""
     with contextlib.suppress(OSError):
-        with open(kept, "rb") as f:
-            data = f.read()
-        if data == sealed(data[32:]):
-            return Features(torch.from_numpy(np.load(io.BytesIO(data[32:]))))
-    vectors = encoder(*encoder.collate([load_media(encoder, path)]))
-    half, body = vectors.half().cpu(), io.BytesIO()
-    features = Features(half if half.isfinite().all() else vectors.float().cpu())
-    np.save(body, features.vectors.numpy())
+        file = feature_file(encoder, path, folder)
+        with open(file, "rb") as f:
+            checksum, body = f.read(32), f.read()
+        if checksum == hashlib.sha256(body).digest():
+            return Features(torch.from_numpy(np.load(io.BytesIO(body))))
+        os.remove(file)
+    return None
+
+
+def write_features(file, features):
+    """Keeps features (L, width) in float16: a value moves by less than 1 / 2,000 of itself."""
+    half, body = features.half(), io.BytesIO()
+    np.save(body, (half if half.isfinite().all() else features.float()).cpu().numpy())
     try:
-        os.makedirs(os.path.dirname(kept), exist_ok=True)
-        partial = f"{kept}.{os.getpid()}.{threading.get_ident()}"  # other processes, and the thread that loads ahead, may be at it, too
+        os.makedirs(os.path.dirname(file), exist_ok=True)
+        partial = f"{file}.{os.getpid()}"  # other processes may be at it, too
         with open(partial, "wb") as f:
-            f.write(sealed(body.getvalue()))
-        os.replace(partial, kept)
+            f.write(hashlib.sha256(body.getvalue()).digest() + body.getvalue())
+        os.replace(partial, file)
     except OSError as e:
-        raise InputError(f"could not keep features in --feature_cache={folder}: {e.strerror}") from e
-    return features
+        raise InputError(f"could not write {file}: {e.strerror}; choose another --feature_cache") from e
+
+
+@torch.no_grad()
+def cache_features(encoder, paths, folder, batch_size=16):
+    """Encodes the files that --feature_cache does not have yet."""
+    new = [path for path in dict.fromkeys(paths) if not os.path.exists(feature_file(encoder, path, folder))]
+    batches = [new[i : i + batch_size] for i in range(0, len(new), batch_size)]
+    device = next(encoder.models[0].parameters()).device
+    for batch in tqdm(batches, desc="encoding", unit="batch", leave=False, disable=len(new) < 100):
+        media = [load_media(encoder, path) for path in batch]
+        inputs = [x.to(device) for x in encoder.collate(media)]
+        for path, features in zip(batch, encoder(*inputs).split([encoder.length(x) for x in media])):
+            write_features(feature_file(encoder, path, folder), features)

@@ -11,7 +11,7 @@ import soundfile
 import torch
 from PIL import Image
 
-from data.media import cached, load_media, read_series
+from data.media import cache_features, load_media, read_features, read_series
 from data.text import MARK, conversation, get_tokenizer
 from modrwkv import ENCODERS, MEDIA, InputError, Pretrained
 
@@ -131,9 +131,25 @@ def segments(model, turns, media, first=True, at=""):
 
 
 def signal(model, kind, path):
+    """What the model's encoder takes of a file, or its Features from --feature_cache."""
     encoder = model.encoder[kind]
-    kept = model.feature_cache and isinstance(encoder, Pretrained) and isinstance(path, str | os.PathLike)
-    return cached(encoder, path, model.feature_cache) if kept else load_media(encoder, path)
+    features = read_features(encoder, path, model.feature_cache) if is_cached(model, kind, path) else None
+    return features or load_media(encoder, path)
+
+
+def is_cached(model, kind, path):
+    return model.feature_cache and isinstance(path, str) and isinstance(model.encoder[kind], Pretrained)
+
+
+def cache_media(model, records):
+    """Encodes the media of records that --feature_cache does not have yet, so that it is done once and in batches."""
+    files = {kind: [] for kind in MEDIA}
+    for kind, path in itertools.chain(*map(record_media, records)):
+        if kind in model.encoder and is_cached(model, kind, path):
+            files[kind].append(path)
+    for kind, paths in files.items():
+        if paths:
+            cache_features(model.encoder[kind], paths, model.feature_cache)
 
 
 def record_sample(model, record):
@@ -161,14 +177,15 @@ def question(model, prompt, media=(), first=True):
     return segments(model, [(prompt, None)], [files[mark[1:-1]].pop(0) for mark in MARK.findall(prompt)], first)
 
 
-def rough_length(record):
+def rough_length(model, record, ctx_len):
     """About how long a record is as a sequence: characters, and what the headers alone say of its pictures and sounds."""
-    n = len(record.get("text") or "") + sum(
-        len(question) + len(answer) + 4 for question, answer in record_turns(record)
-    )
+    n = min(len(record.get("text") or ""), ctx_len)
+    n += sum(len(question) + len(answer) + 4 for question, answer in record_turns(record))
     for kind, path in record_media(record):
         with contextlib.suppress(Exception):  # reading it whole will say what is wrong
-            if kind == "image":
+            if kind == "image" and not isinstance(
+                model.encoder[kind], Pretrained
+            ):  # of these all pictures have one length
                 with Image.open(path) as image:
                     n += 5 * image.width / image.height
             elif kind == "audio":
@@ -176,25 +193,15 @@ def rough_length(record):
     return n
 
 
-def held_out_samples(model, records, ctx_len, n):
-    """The first n samples of the held-out records, long texts cut into windows, of series the last points to forecast."""
-
-    def samples():
-        for record in records:
-            sample = record_sample(model, record)
-            if record.get("conversations"):
-                yield sample
-            elif sample[0][0] == "forecast":
-                yield model.window(sample[0][1])
-            else:
-                ids = sample[0][1]
-                yield from ([("answer", ids[i : i + ctx_len + 1])] for i in range(0, len(ids) - 1, ctx_len))
-
-    return list(itertools.islice(samples(), n))
-
-
-def learned_tokens(sample):
-    """How many tokens of a sample are predicted: those of its answers, without a first token that nothing precedes; or vectors that forecast."""
-    if sample[0][0] == "forecast":
-        return int((~sample[0][1][1].isnan()).any(1).sum())
-    return sum(len(data) for kind, data in sample if kind == "answer") - (sample[0][0] == "answer")
+def held_out_samples(model, records, ctx_len):
+    """The samples of held-out records: long texts cut into windows, of series the last points to forecast."""
+    for record in records:
+        sample = record_sample(model, record)
+        if record.get("conversations"):
+            yield sample
+        elif sample[0][0] == "forecast":
+            yield model.window(sample[0][1])
+        else:
+            [(_, ids)] = sample
+            for i in range(0, len(ids) - 1, ctx_len):
+                yield [("answer", ids[i : i + ctx_len + 1])]
