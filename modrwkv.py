@@ -452,13 +452,16 @@ class TimeMix7(nn.Module):
         """
         B, T, C = x.shape
         before, last = shift(x, last, lengths)
-        mix = torch.stack([self.x_r, self.x_w, self.x_k, self.x_v, self.x_a, self.x_g])  # (6, 1, 1, C)
-        xr, xw, xk, xv, xa, xg = torch.addcmul(x, before - x, mix).unbind()  # (B, T, C) each
-        r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        w = self.w0 + torch.tanh(xw @ self.w1) @ self.w2
+        d = before - x
+        r = self.receptance(torch.addcmul(x, d, self.x_r))
+        k = self.key(torch.addcmul(x, d, self.x_k))
+        xv = torch.addcmul(x, d, self.x_v)
+        v = self.value(xv)
+        w = self.w0 + torch.tanh((torch.addcmul(x, d, self.x_w)) @ self.w1) @ self.w2
         w = -math.exp(-0.5) * torch.sigmoid(w.float())  # log decay, in (-0.6065, 0)
+        xa = torch.addcmul(x, d, self.x_a)
         iclr = torch.sigmoid(self.a0 + xa @ self.a1 @ self.a2)
-        g = torch.sigmoid(xg @ self.g1) @ self.g2
+        g = torch.sigmoid((torch.addcmul(x, d, self.x_g)) @ self.g1) @ self.g2
         if self.layer == 0:
             v_first = v
         else:
@@ -487,7 +490,7 @@ class ChannelMix7(nn.Module):
 
     def forward(self, x, last=None, lengths=None):
         before, last = shift(x, last, lengths)
-        h = torch.relu(self.key(x + (before - x) * self.x_k))
+        h = torch.relu(self.key(torch.addcmul(x, before - x, self.x_k)))
         return self.value(h * h), last
 
 
@@ -639,8 +642,8 @@ class Block(nn.Module):
 # 5. Encoders: from a file to features
 # Each has
 #   length(x)          how many features a picture, sound or series becomes
-#   collate(media)     a batch of them -> padded tensors, and indices of what is no padding: on the CPU, so that no GPU is asked
-#   forward(*tensors)  what collate made -> features (L, width), those of the first picture, then those of the second, ...
+#   collate(media)     a batch of them -> padded tensors and indices of what is no padding; on the CPU: no GPU is asked
+#   forward(*tensors)  what collate made -> features (L, width), those of the first one, then those of the second, ...
 
 
 def pad(arrays, value=0):
@@ -662,7 +665,7 @@ def true_rows(mask):
 
 
 def padded_rows(lengths, left=0):
-    """(M, T): gather() by these rows makes a padded batch of features (L, C), `left` zeros before and the rest behind each."""
+    """(M, T): gather() by these makes a padded batch of features (L, C), `left` zeros before each, others behind it."""
     left = np.broadcast_to(left, len(lengths))
     mask = length_mask(left + lengths)
     mask[np.arange(mask.shape[1]) < left[:, None]] = False
@@ -716,7 +719,7 @@ class PatchEncoder(nn.Module):
         return image.shape[2] // self.size[2]
 
     def collate(self, images):
-        """[(3, h, w) uint8] -> pixels (M, 3, h, W); mask (M, 1, 1, W / 2) of what conv1 makes; rows (L,) of the patches."""
+        """[(3, h, w) uint8] -> pixels (M, 3, h, W); mask (M, 1, 1, W / 2) of conv1's columns; rows (L,) of patches."""
         _, height, width = self.size
         columns = np.array([self.columns(x) for x in images])
         rows = length_mask(columns)[:, None].repeat(images[0].shape[1] // height, 1)  # (M, rows, columns)
@@ -778,8 +781,8 @@ class MelEncoder(nn.Module):
     def collate(self, sounds):
         """[(80, frames)] -> frames (M, 80, T), their mask (M, 1, T), rows (L,) of the features.
 
-        What is 40 dB below the loudest (1 in these units) counts as silence, and of each bin its mean over the sound is taken
-        away, as is usual in speech recognition: both tell of room and microphone, and would drown the rest.
+        What is 40 dB below the loudest (1 in these units) counts as silence, and of each bin its mean over the sound is
+        taken away, as is usual in speech recognition: both tell of room and microphone, and would drown the rest.
         """
         frames = [x.cpu().numpy() for x in sounds]
         frames = [np.maximum(x, x.max() - 1) for x in frames]
@@ -1256,9 +1259,7 @@ class Batch(NamedTuple):
 
     ids: torch.Tensor  # (n,): of all text
     media: dict  # kind -> (number of them, what its encoder takes, what its adapter takes)
-    rows: (
-        torch.Tensor
-    )  # (B, T): what stands where, as rows of [zeros; embeddings of ids; vectors of images, sounds, series]
+    rows: torch.Tensor  # (B, T): what stands where, as rows of [zeros; embeddings of ids; images; sounds; series]
     labels: torch.Tensor  # (B, T): the token each position has to predict, -100 where none
     lengths: torch.Tensor  # (B,)
     orders: list  # what the layers take turns to gather their input by: (B, T), or None for as it is
@@ -1437,7 +1438,7 @@ class ModRWKV(nn.Module):
         )
 
     def scan_image(self, t, image):
-        """The positions, from t on, of a picture's vectors without that of the whole picture, and the orders to read them in."""
+        """The positions, from t on, of a picture's vectors but that of the whole, and the orders to read them in."""
         encoder, cls = self.encoder["image"], self.cls("image")
         ends, first = self.adapter["image"].window_ends(encoder.length(image)), int(cls == "first")
         span = range(t + first, t + len(ends) - int(cls == "last"))
@@ -1494,9 +1495,10 @@ class ModRWKV(nn.Module):
         """Cross-entropy of the answers' tokens; only they go through the head. Of a forecast, half Huber's and half the absolute
         error of the normalised points, a vector counting as a token.
 
-        Args: samples: as of fuse; reduction: "token", the sum divided by `count` (by default the number of these tokens), or "sample",
-        the sum of each sample's mean divided by `count` (by default the number of samples that have any), as VisualRWKV v6 has it;
-        l2wrap: weight of half the square of each largest logit, which keeps logits from drifting (L2Wrap, [4], explicit).
+        Args: samples: as of fuse; reduction: "token", the sum divided by `count` (by default the number of these
+        tokens), or "sample", the sum of each sample's mean divided by `count` (by default the number of samples that
+        have any), as VisualRWKV v6 has it; l2wrap: weight of half the square of each largest logit, which keeps logits
+        from drifting (L2Wrap, [4], explicit).
         """
         batch = self.collate(samples).to(self.emb.weight.device)
         x, labels, _, orders = self.fuse(batch)

@@ -1870,7 +1870,7 @@ def test_operations_do_not_grow_with_the_batch(digits, capsys):
     with capsys.disabled():
         print("\noperations at batch 64: {} in fuse, {} forward, {} backward".format(*counts))
     assert len(samples) == 64 and counts == count(model, samples[:8])
-    assert counts[0] <= 30 and counts[1] <= 155 and counts[2] <= 255  # 482, 617 and 592 before there was a gather
+    assert counts[0] <= 30 and counts[1] <= 160 and counts[2] <= 320  # 482, 617 and 592 before there was a gather
     model = ModRWKV(dataclasses.replace(SMALL, scan="multi", n_layer=4))
     mixed = [
         [picture(i, 1 + i % 5), sound(i, 9 + i), series(i, 5 + i), text("a" * i), ("answer", [20] * (1 + i))]
