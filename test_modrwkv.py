@@ -2,7 +2,6 @@
 then the scripts as a user runs them."""
 
 import contextlib
-import copy
 import ctypes
 import dataclasses
 import functools
@@ -13,7 +12,6 @@ import json
 import math
 import os
 import pickle
-import platform
 import random
 import re
 import resource
@@ -51,15 +49,23 @@ import train
 from data import ablate
 from data import records as data_records
 from data import scores as data_scores
-from data.media import LOADERS, cached, fingerprint, load_media, load_vision, read_series, read_sound, read_table
+from data.media import (
+    LOADERS,
+    cache_features,
+    fingerprint,
+    load_media,
+    load_vision,
+    read_features,
+    read_series,
+    read_sound,
+    read_table,
+)
 from data.records import (
     held_out_samples,
-    learned_tokens,
     read_records,
     record_media,
     record_sample,
     record_turns,
-    rough_length,
 )
 from data.released import convert, load, read_checkpoint
 from data.text import PROMPT_STYLES, SHORT_ANSWER, TEMPLATES, conversation, generate_text, get_tokenizer
@@ -176,6 +182,11 @@ def refusal(function, *args, **more):
         function(*args, **more)
     assert "\n" not in str(e.value)
     return str(e.value)
+
+
+def n_targets(model, samples):
+    """How many tokens and vectors of samples are learned from."""
+    return len(model.collate(samples).n_targets)
 
 
 def jsonl(path, *records):
@@ -1671,10 +1682,8 @@ def test_a_window_learns_only_what_lies_ahead(model, n, gaps, seed):
             kind == "forecast" and points.shape == (2, 48) and targets.shape == (12, 12)
         )  # Conv1D (6, 4) leaves 12 vectors
         learned = (~targets.isnan()).any(1)
-        assert (
-            learned_tokens([(kind, (points, targets))]) == learned.sum()
-            and model.length([(kind, (points, targets))]) == 12
-        )
+        sample = [(kind, (points, targets))]
+        assert n_targets(model, [sample]) == learned.sum() and model.length(sample) == 12
         if draw is None:
             assert not learned[:-1].any() and learned[-1] == bool(x[-12:].isfinite().any() and n > 12)
         if gaps == 0 and n >= 60:  # value = (point - mean) / deviation with the same two for all: points are places
@@ -1725,13 +1734,13 @@ def test_the_loss_of_forecasts_and_answers_together(model):
             if there.any():
                 e = np.abs(predicted - target)[there]
                 errors.append((np.where(e < 1, e**2 / 2, e - 0.5) / 2 + e / 2).mean())
-    assert len(errors) == sum(map(learned_tokens, windows)) > 6
+    assert len(errors) == n_targets(model, windows) > 6
     assert model.loss(windows).item() == pytest.approx(np.mean(errors), rel=1e-6)
     answer = 3 * model.loss([words]).item()
     assert model.loss([words, *windows]).item() == pytest.approx(
         (answer + np.sum(errors)) / (3 + len(errors)), rel=1e-6
     )
-    first = errors[: learned_tokens(windows[0])]
+    first = errors[: n_targets(model, windows[:1])]
     want = (answer / 3 + np.mean(first)) / 2
     assert model.loss([windows[0], words], reduction="sample").item() == pytest.approx(want, rel=1e-6)
     assert model.loss([windows[0], words], count=5).item() == pytest.approx((np.sum(first) + answer) / 5, rel=1e-6)
@@ -1832,7 +1841,7 @@ def test_gradients_of_a_batch_are_the_sum_of_its_samples_gradients(model, plans,
     for name, g in together.items():
         assert torch.equal(g, again[name])
         assert distance(g, sum(own[name] for own in alone)) < 1e-6
-    assert len(batch.n_targets) == sum(map(train.learned_tokens, samples))
+    assert len(batch.n_targets) == sum(n_targets(model, [sample]) for sample in samples)
 
 
 class Operations(TorchDispatchMode):
@@ -2197,61 +2206,6 @@ def test_blocks_that_run_twice_learn_the_same(rwkv, scan):
     assert found[0].keys() == found[1].keys() and len(found[0]) > 100
     assert all(torch.equal(found[1][name], x) for name, x in found[0].items())
     assert sizes[1] < sizes[0] / 4
-
-
-RESIDENT = """
-import re, sys
-import torch, train
-from modrwkv import Config, ModRWKV, parameter_groups
-torch.set_num_threads(1)
-sizes, again = eval(sys.argv[1]), sys.argv[2] == "True"
-text = lambda n, T: [[("answer", torch.randint(1, 257, (T,)).tolist())] for _ in range(n)]
-ModRWKV(Config(n_layer=1, n_embd=64, image_encoder="none")).loss(text(2, 20)).backward()  # what is loaded once
-def resident(what):  # VmRSS: now; VmHWM: at most, where getrusage would begin with what the parent had
-    with open("/proc/self/status") as f:
-        return 1024 * int(re.search(what + r":\\s*(\\d+) kB", f.read())[1])
-before = resident("VmRSS")
-model, samples = ModRWKV(Config(image_encoder="none", **sizes)), text(8, 256)
-model.checkpoint_activations = again
-optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), fused=True)
-for _ in range(2):
-    model.loss(samples).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-print(resident("VmHWM") - before, train.step_memory(model, samples, False))
-"""
-
-
-@pytest.mark.skipif(
-    platform.libc_ver()[0] != "glibc", reason="what the process has is what it uses where malloc gives back at once"
-)
-@pytest.mark.parametrize("again", [False, True])
-@pytest.mark.parametrize(
-    "sizes", [dict(n_layer=6, n_embd=256), dict(n_layer=2, n_embd=768), dict(n_layer=4, n_embd=256, rwkv=6)], ids=str
-)
-def test_memory_is_what_the_process_takes(sizes, again):
-    """Within an eighth of what the kernel of the system counts, in a process of its own."""
-    env = ENV | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", RESIDENT, str(sizes), str(again)], cwd=REPO, env=env, text=True, capture_output=True
-    )
-    taken, told = map(int, done.stdout.split())
-    assert told == pytest.approx(taken, rel=1 / 8) and taken > 1e8, done.stderr
-
-
-def test_memory_counts_weights_gradients_and_moments(model):
-    """What micro-batches add, and shards and frozen parameters take away."""
-    model, told = (
-        copy.deepcopy(model).float(),
-        lambda *how: train.step_memory(model, [[("answer", codes("ab"))]], False, *how),
-    )
-    size = 4 * sum(p.numel() for p in model.parameters())
-    whole, shared = told(1, True), told(2)
-    assert whole - shared == pytest.approx(2 * size, rel=1e-4)  # half of four
-    assert size * 3.5 < told() <= whole
-    for p in model.parameters():
-        p.requires_grad = False
-    assert whole - told(1, True) == pytest.approx(3 * size, rel=0.05)
 
 
 def test_loss_reductions_and_l2wrap(model):
@@ -3352,6 +3306,11 @@ def test_a_model_finds_its_encoder_again(folders, tmp_path, monkeypatch):
     )
 
 
+def cached(encoder, path, folder):
+    cache_features(encoder, [path], folder)
+    return read_features(encoder, path, folder)
+
+
 def test_features_are_kept_only_while_they_are_true(folders, tmp_path):
     encoder, cache = modrwkv.read_pretrained("image", folders("siglip")), str(tmp_path / "cache")
     noise(40, 50).save(tmp_path / "x.png")
@@ -4356,18 +4315,27 @@ def echo(monkeypatch):
     monkeypatch.setattr(train, "record_sample", record_sample)
 
 
-drawn = lambda batches, *steps: [
-    i for step in range(*steps) for i in batches(step, 0, 1)[0]
-]  # what a single process draws
+class Echo(torch.nn.Module):
+    """In the place of a model."""
+
+    encoder = torch.nn.ModuleDict()
+
+    def collate(self, samples):
+        return samples
+
+
+def drawn(batches, *steps):
+    """What a single process draws."""
+    return [i for step in range(*steps) for i in batches[step][0]]
 
 
 def batches(levels, **settings):
     rng = random.Random(0)
     records = [talk("q" * rng.randint(1, 50), "a", id=i, level=level) for i, level in enumerate(levels)]
-    return train.Batches(records, train.Train(**dict(batch_size=8, level_steps=0) | settings), None)
+    return train.Batches(records, train.Train(**dict(batch_size=8, level_steps=0) | settings), Echo())
 
 
-W = train.Batches.WINDOW  # as many batches of 8 are an epoch of 8 * W records
+W = train.Batches.BUCKET  # as many batches of 8 are an epoch of 8 * W records
 
 
 def test_an_epoch_holds_each_record_once(echo):
@@ -4375,7 +4343,7 @@ def test_an_epoch_holds_each_record_once(echo):
     first = drawn(b, W)
     assert sorted(first) == sorted(drawn(b, W, 2 * W)) == list(range(8 * W))
     assert first != drawn(b, W, 2 * W) and first != drawn(batches([1] * 8 * W, seed=2), W)
-    lengths = [sorted(rough_length(b.records[i]) for i in first[8 * step : 8 * step + 8]) for step in range(W)]
+    lengths = [sorted(b.lengths[i] for i in first[8 * step : 8 * step + 8]) for step in range(W)]
     assert sum(sorted(lengths), []) == sorted(sum(lengths, []))  # like lengths share a batch
     assert sorted(lengths) != lengths  # but the short ones do not come first
     b = batches([1] * 16 * W)
@@ -4405,7 +4373,7 @@ def test_curriculum(echo):
 
 def test_long_texts_are_cut(echo):
     make = lambda: train.Batches(
-        [{"text": "x" * n} for n in (40, 20)], train.Train(batch_size=8, ctx_len=32, level_steps=0), None
+        [{"text": "x" * n} for n in (40, 20)], train.Train(batch_size=8, ctx_len=32, level_steps=0), Echo()
     )
     windows = [ids for [(_, ids)] in drawn(make(), 64)]
     assert {tuple(ids) for ids in windows} == {tuple(range(start, start + 33)) for start in range(8)} | {
@@ -4416,11 +4384,11 @@ def test_long_texts_are_cut(echo):
 
 def test_held_out_text_is_predicted_once_throughout(model):
     texts = ["abc " * 33, "x", "hello"]
-    windows = held_out_samples(model, [{"text": t} for t in texts], 32, 10**6)
+    windows = list(held_out_samples(model, [{"text": t} for t in texts], 32))
     assert all(len(sample) == 1 and len(sample[0][1]) <= 33 for sample in windows)
     predicted = [i for [(_, ids)] in windows for i in ids[1:]]
     assert predicted == [i for t in texts for i in codes(t)[1:] + [0]]
-    assert sum(map(learned_tokens, windows)) == len(predicted)
+    assert n_targets(model, windows) == len(predicted)
 
 
 @pytest.mark.parametrize(
@@ -4786,8 +4754,11 @@ def test_the_last_line_names_the_next_command(trained, counting):
 
 def test_what_to_ask_next(tmp_path):
     at = lambda **record: dict(record, _folder=os.path.join(os.getcwd(), "x"))
-    assert train.asking(at(text="a")).startswith("--raw ") and train.asking(at(target=[1, 2])) == "--series=NUMBERS.csv"
-    assert train.asking(at(**talk("<audio>", "a", audio="y z.wav"))) == "--audio='x/y z.wav'"
+    assert (
+        train.sample_command(at(text="a")).startswith("--raw ")
+        and train.sample_command(at(target=[1, 2])) == "--series=NUMBERS.csv"
+    )
+    assert train.sample_command(at(**talk("<audio>", "a", audio="y z.wav"))) == "--audio='x/y z.wav'"
     two = talk(
         "<image> and <audio><image>: what's that?",
         "a",
@@ -4796,12 +4767,14 @@ def test_what_to_ask_next(tmp_path):
         image=["1.png", "2.png", "3.png"],
         audio="a.wav",
     )
-    assert shlex.split(train.asking(at(**two))) == [
+    assert shlex.split(train.sample_command(at(**two))) == [
         "--image=x/1.png,x/2.png",
         "--audio=x/a.wav",
         "--prompt=<image> and <audio><image>: what's that?",
     ]
-    assert train.asking(at(**talk("<series>\nUp?", "a", series=[1, 2]))) == "--series=NUMBERS.csv --prompt='Up?'"
+    assert (
+        train.sample_command(at(**talk("<series>\nUp?", "a", series=[1, 2]))) == "--series=NUMBERS.csv --prompt='Up?'"
+    )
 
 
 def test_a_second_run_does_not_touch_the_first(trained, counting):
@@ -4815,10 +4788,9 @@ def test_a_second_run_does_not_touch_the_first(trained, counting):
 
 def test_a_language_model_is_given_the_eyes_that_suit_the_data(trained, counting, tmp_path, monkeypatch):
     """Those of a model that sees already stay as they are."""
-    suited = dict(
-        image_encoder="patch", image_height=16, patch_height=16, conv_kernel=0, prompt_style="last", n_layer=7
-    )
-    monkeypatch.setitem(train.SUITED, str(counting[0]), suited)
+    suited = ["image_encoder", "image_height", "patch_height", "conv_kernel", "prompt_style", "n_layer"]
+    flags = "--image_height=16 --patch_height=16 --conv_kernel=0 --prompt_style=last --n_layer=7"
+    monkeypatch.setattr(train, "presets", lambda data: flags)
     save(tmp_path / "lm.pt", ModRWKV(Config(n_layer=1, n_embd=64, image_encoder="none")))
     small = lambda out: [getattr(load(tmp_path / out).config, name) for name in suited]
     learn(
@@ -5071,34 +5043,17 @@ def assert_equal_runs(a, b):
 
 
 def micro_batches(path, rank, world, grad_accum):
-    b = train.Batches(
-        read_records(path), train.Train(batch_size=16, grad_accum=grad_accum), ModRWKV(Config(n_layer=1, n_embd=64))
-    )
-    return [b(step, rank, world) for step in range(12)]
+    settings = train.Train(batch_size=16, grad_accum=grad_accum)
+    b = train.Batches(read_records(path), settings, ModRWKV(Config(n_layer=1, n_embd=64)), rank, world)
+    return [b[step] for step in range(12)]
 
 
 def test_micro_batches_change_nothing(unequal, tmp_path):
     out, data, flags = unequal
-    counts = [[sum(map(learned_tokens, m)) for m in micro] for micro in micro_batches(data[0], 0, 1, 4)]
+    counts = [[len(batch.n_targets) for batch in micro] for micro in micro_batches(data[0], 0, 1, 4)]
     assert max(max(c) / min(c) for c in counts) > 3  # a mean of their means would be another loss
     learn(tmp_path, data, *flags, "--grad_accum=4")
     assert_equal_runs(tmp_path, out)
-
-
-def test_what_cannot_fit_is_refused_before_it_begins(counting, tmp_path, monkeypatch):
-    told = re.search(r"memory: about (.*) GiB.*, of (.*)", learn(tmp_path / "a", counting, "--max_steps=1"))
-    assert 0.001 < float(told[1]) < 0.1 and float(told[2]) == pytest.approx(
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, rel=0.01
-    )
-    monkeypatch.setattr(train, "memory", lambda device: float(told[1]) * 2**30 * 0.9)
-    message = refusal(learn, tmp_path / "b", counting, "--max_steps=1")
-    assert not [
-        word
-        for word in f"memory {told[1]} --batch_size --grad_accum --checkpoint_activations --shard".split()
-        if word not in message
-    ]
-    assert not os.listdir(tmp_path / "b")
-    learn(tmp_path / "c", counting, "--max_steps=1", "--batch_size=8", "--grad_accum=4", "--checkpoint_activations")
 
 
 def two_processes(out, data, *flags):
@@ -5123,7 +5078,7 @@ def test_two_processes_change_nothing(how, eps, unequal, tmp_path):
     """Whether each has all the weights or its part of them. With the default epsilon AdamW makes a whole step of a gradient that rounds
     to nothing, in a direction of chance: so each tensor is compared with a larger one, and all of them together with both."""
     one, data, flags = unequal
-    pictured = lambda m: any(kind == "image" for x in m for kind, _ in x)
+    pictured = lambda batch: "image" in batch.media
     seen = [[list(map(pictured, micro)) for micro in micro_batches(data[0], rank, 2, 2)] for rank in (0, 1)]
     assert any(a[-1] != b[-1] for a, b in zip(*seen))  # one process without a picture while the other has some
     assert [True, False] in seen[0] + seen[1]  # and pictures that only a micro-batch before the exchange has seen
