@@ -4678,7 +4678,7 @@ def test_series_settings_that_cannot_be():
     changes = (
         ({"series_stride": 9}, "series_kernel=6"),
         ({"series_kernel": 60}, "48 vectors"),
-        ({"series_encoder": "x"}, "wavenet, timer, none"),
+        ({"series_encoder": "x"}, "none, wavenet, timer"),
     )
     for change, words in changes:
         assert words in refusal(ModRWKV, dataclasses.replace(SMALL, **change))
@@ -4821,7 +4821,7 @@ def test_phases(phase, counting, trained, tmp_path):
     before, after = kept(trained[0]), kept(tmp_path)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in after if phase == "all" or name.startswith(("encoder.", "adapter."))}
-    [first] = train.Batches(read_records(counting[0]), train.Train(batch_size=8), trained[2])(0, 0, 1)
+    [first] = train.Batches(read_records(counting[0]), train.Train(batch_size=8), trained[2])[0]
     assert column(tmp_path, "loss")[0] == pytest.approx(trained[2].loss(first).item(), rel=1e-5)
 
 
@@ -4834,8 +4834,7 @@ def test_another_seed_is_another_model(counting, tmp_path):
 def test_the_gradient_is_clipped(counting, tmp_path):
     """As AdamW's first average shows, a tenth of the first gradient."""
     learn(tmp_path, (counting[1], counting[1]), "--max_steps=1", "--grad_clip=0.5")
-    (adamw,) = kept(tmp_path, "optimizer")
-    averages = [x["exp_avg"].norm().item() for x in adamw["state"].values()]
+    averages = [x["exp_avg"].norm().item() for x in kept(tmp_path, "optimizer")["state"].values()]
     assert column(tmp_path, "grad_norm")[0] > 0.5 and math.hypot(*averages) == pytest.approx(0.05, rel=1e-4)
 
 
@@ -4987,8 +4986,8 @@ def test_the_learning_rate_of_a_run(whole):
         + [final + (peak - final) * (1 - n / 15) for n in range(1, 16)]
     )
     assert column(whole[0], "lr") == pytest.approx(expected, rel=1e-9)
-    rates = [[group["lr"] for group in optimizer["param_groups"]] for optimizer in kept(whole[0], "optimizer")]
-    assert rates == [pytest.approx([final, 2 * final, final], rel=1e-9), pytest.approx([final], rel=1e-9)]
+    rates = [group["lr"] for group in kept(whole[0], "optimizer")["param_groups"]]
+    assert rates == pytest.approx([final, 2 * final, final, final], rel=1e-9)
 
 
 def complaint(result):
@@ -5004,12 +5003,16 @@ def test_disk_full(counting, tmp_path):
     out, limit = tmp_path / "out", lambda size: lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     learn(out, counting, "--max_steps=2")
     before = contents(out)["ckpt.pt"]
-    message = complaint(run([REPO / "train.py", "--resume", "--max_steps=4"], cwd=tmp_path, preexec_fn=limit(200_000)))
+    message = complaint(
+        run(
+            [REPO / "train.py", "--resume", "--max_steps=4", "--num_workers=0"], cwd=tmp_path, preexec_fn=limit(200_000)
+        )
+    )
     assert "ckpt.pt" in message and re.search("disk|space|large", message)
     assert contents(out)["ckpt.pt"] == before and len(before) > 500_000 and not list(out.glob("*.partial"))
     said(train.main, "--resume", "--max_steps=3", f"--out_dir={out}")  # with room again it goes on
     assert len(column(out, "loss")) == 3
-    flags = [*TINY, f"--data={counting[0]}", f"--val_data={counting[1]}", "--out_dir=other"]
+    flags = [*TINY, f"--data={counting[0]}", f"--val_data={counting[1]}", "--out_dir=other", "--num_workers=0"]
     assert "log.jsonl" in complaint(run([REPO / "train.py", *flags], cwd=tmp_path, preexec_fn=limit(100)))
 
 

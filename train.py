@@ -498,7 +498,7 @@ def parts_needed(batch):
 
 
 def drop_unneeded_gradients(model, needed):
-    """Zeros, which DDP and FSDP make for the PARTS that no process needed, would be a step to AdamW; None is none."""
+    """Zeros, which DDP, FSDP and Loss make for PARTS that no process needed, would be a step to AdamW; None is none."""
     unneeded = tuple(name for names, n in zip(PARTS, needed) if not n for name in names)
     for name, p in model.named_parameters():
         if name.startswith(unneeded):
@@ -775,13 +775,15 @@ def main(argv=None):
                 loss_sum += loss.detach()
             if world > 1:
                 dist.all_reduce(loss_sum)
-                drop_unneeded_gradients(model, needed)
+            drop_unneeded_gradients(model, needed)
 
             # one optimizer step
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
-            norm = norm.full_tensor() if sharded else norm
+            norm = (
+                norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+            )  # sharded, if any parameter had a gradient
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, s) * group["lr_scale"]
@@ -809,6 +811,10 @@ def main(argv=None):
                 print0(f"step {done}: held-out loss {scores['val_loss']:.4f}{exact}")
             if saves:
                 save_checkpoint(done)
+    except RuntimeError as e:
+        if "DataLoader worker" not in str(e):
+            raise
+        raise InputError(f"a process that reads data ended ({str(e).splitlines()[0]}): try --num_workers=0") from e
     except KeyboardInterrupt:
         bar.close()
         again = f"go on with: python train.py --out_dir={s.out_dir} --resume"
