@@ -1,6 +1,8 @@
 """What is promised, against something the project did not write: numpy, float64 autograd, the package `rwkv`, PIL;
 then the scripts as a user runs them."""
 
+import ast
+import base64
 import contextlib
 import ctypes
 import dataclasses
@@ -10,6 +12,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -22,11 +25,10 @@ import signal
 import subprocess
 import sys
 import tarfile
-import threading
 import time
 import zipfile
+import zlib
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -52,6 +54,7 @@ from data import scores as data_scores
 from data.media import (
     LOADERS,
     cache_features,
+    feature_file,
     fingerprint,
     load_media,
     load_vision,
@@ -59,6 +62,7 @@ from data.media import (
     read_series,
     read_sound,
     read_table,
+    write_features,
 )
 from data.records import (
     held_out_samples,
@@ -2271,6 +2275,56 @@ def test_saved_and_loaded_is_the_same(checkpoint):
         assert str(path) in refusal(load, path)
 
 
+# the outline of a checkpoint of 2 steps that commit 6fbc9d2 wrote, "tensor 14 8" where it had one of that shape
+EARLIER = """
+eNrVWN1u6jgQfpXeZVfKiZIApfAAe7lXe7eqIpNMwIfEztoOlFa8+37jAKUHSpDIzRFCisfjL/PvmXwEtS6oCuYfAdWLaEtyuXLBPHCkrDZPyfjpJQiD
+RaXztY3iqFLxBc8Fw0IK++120nc+uX0+7Tuf3jovnIveMnOmIH5XOLa9HOtejk0vh+jlWPZwbOM+huTMEk/JxXZ6fv7itOiDF7fhxW345e3Ty9un170+
+WPda2HzFuNynnBonVE6XYXflfbS7h20jqvYuPN26pnX3cFYqe7udGCeuG9lRlqonspnjDi2Z7ZaWEERfU+xz61LKFYnien3ah0GuVSmXXMXMdo3Em4aB
+yiqxI6R6ws8obkUwf+lgMivfya+cXpPCgivCYufI4kWO6qYSDgzBVpuqAKkxum5cZt2u8mQjHQTAhs2FAqFVEou8YpFLaazDStZiSRmpHPWV4ZVWBLJo
+C6kvyZaMJPstfU1GcZVOxyeSdUYW1JEqrdcLkcNz0zSGjtrIdw3BZs9HOVYHw41SaCNcvrpC2crCrYI58A5iHClJ+nLEwUvrYP6PackbfXOS7PmwPokF
+VQvROKCspYLtg7pqgk8iLMe2HMN5unGy7pzw70dgnbf9RzznZ2pOzsZhemsysVle3E8Hemb/uwiNZBiY9C6YQ7pcxfF7+3B0D9B3IAwwfhRg8ijA86MA
+00cBXh4FmA3lziQeDCkZDGmwYE1GgyGNB0O6L359O3HV/dgByvN98nwvjZdlOphWL4NoNRtCqzQeQpY0GUSWwWI5HSyW0/Egmj1ch9OHC3E6WPymD5fk
+dPYgwp77GCPqbGl021jfTHT9YlZQLnbBPI7QC1an3iOJYl4yPcbGghz3nH/E0SzEf/Yn3sQwCf1I0P+I2i6NQCPzl6gsup9avPmu5UQotSGRo136G60b
+uiH0Oa0Ri+qTo5BlSYaUk1/IZWupODZVEBXSV1RkX2Xvdr2CrFocJq/78FLB+FzB9EzB9DdTMO1X73f23ygch5PwOZyGL+EMXQSuf9zbuHBxU+KKw/2E
+ywW3Ako66jGKKSohShhqDwoHMh+pi5xD0rzuvaHOu+Za15CxrbNFy/J+Hb66jriHJe1nGfWzjPtZJr0sj2b1EZ3XswlGQUKNMXpz9IiyWa6pLGUuwcfx
+M4rG4/Ek/DGOplOYOopHyeQsluKpP8SVCoQJTzQ/W+sySFDyLFj7WcrUNsOoU2+Dr0kbpqF3PbvtNTzUO+SmM0Iqnl8L4fijxVv002pV4TTm6OyCiBE5
+KyTbCk88bCrpshJTKij8HDWY24Aqa57ivLl4NgXJkG3rz9htVsLySCsqhkVOHBXjeuE16WZlLDl7MpHnbEsY1q6E+cymfEX5utFSObA4uRFOamU/t91b
+VmFi5jGxog1Vx9eM2FkkjJJqmRkfw53f2JxSieqY9drazFDR5gzMMcKTO38vSLdGNAeukgRylrIceUydvqUhej88W1CL1o/wmFWRMopttxWmbpujQLFP
+YbGDNcXhXXE0+TKkBnWr+dVXwrA7ytHnay+XpMRHXvec+ueZn4Lr7Lw6eePmlWwOAUzsdliTzIZtMELSdzQralQXdlAMNis29CtbQRuZex2bFlIWbtfw
+qqy0cKPUf1PgcgVpUcW67xz87QYz/+rgr/3+fzhhI0Q=
+"""
+
+
+def filled(outline, count, key=""):
+    """A checkpoint of its outline: waves in the tensors' places."""
+    if isinstance(outline, dict):
+        return {name: filled(value, count, name) for name, value in outline.items()}
+    if isinstance(outline, list):
+        return [filled(value, count) for value in outline]
+    if not str(outline).startswith("tensor"):
+        return outline
+    shape = torch.Size(map(int, outline.split()[1:]))
+    wave = (next(count) + torch.arange(float(shape.numel()))).sin().view(shape)
+    return wave**2 + 0.1 if key == "exp_avg_sq" else torch.tensor(2.0) if key == "step" else wave
+
+
+def test_a_checkpoint_of_an_earlier_version_loads_and_resumes(tmp_path, monkeypatch):
+    """Its logits, the next step's loss and what that step learns, by Muon and AdamW, against that version's own figures."""
+    monkeypatch.chdir(tmp_path)
+    outline = ast.literal_eval(zlib.decompress(base64.b64decode(EARLIER)).decode())
+    before = filled(outline, itertools.count())
+    torch.save(before | {"rng": torch.get_rng_state()}, "ckpt.pt")
+    jsonl(tmp_path / "x.jsonl", {"text": "\t\n\t\t\n" * 9})
+    logits = load("ckpt.pt")(torch.tensor([[10, 11, 10, 3]]))[0][0, -1, :4]
+    assert logits.tolist() == pytest.approx([-0.310445, -2.080261, 0.915801, 1.813763], abs=1e-5)
+    said(train.main, "--out_dir=.", "--resume", "--max_steps=3")
+    assert column(tmp_path, "loss") == pytest.approx([2.3925331], abs=1e-5)
+    moved = {"head.weight": 0.0834495, "ln_out.weight": 0.0210200, "blocks.0.att.w0": 0.0525505}
+    moved |= {"blocks.0.att.key.weight": 0.0123645}  # Muon's
+    for name, size in moved.items():
+        assert (kept(tmp_path)[name] - before["model"][name]).norm().item() == pytest.approx(size, rel=1e-4)
+
+
 FULL, UNOPENED = (
     OSError(28, "No space left on device"),
     RuntimeError("enforce fail: file not opened"),
@@ -2980,7 +3034,7 @@ def test_help_lists_every_flag(capsys):
     with pytest.raises(SystemExit) as e:
         sample.flags("what it is about", Config, train.Train, odd, argv=["--help"])
     out = " ".join(capsys.readouterr().out.split())
-    assert e.value.code == 0 and "what it is about" in out
+    assert not e.value.code and "what it is about" in out
     for field in [field for cls in (Config, train.Train, odd) for field in dataclasses.fields(cls)]:
         assert (
             f"--{field.name} " in out
@@ -3276,6 +3330,7 @@ def test_a_model_finds_its_encoder_again(folders, tmp_path, monkeypatch):
         "--batch_size=8",
         "--level_steps=0",
         "--warmup_steps=1",
+        "--num_workers=0",
     )
     learn(tmp_path / "plain", (data, data), *flags)
     loaded = []
@@ -3306,77 +3361,66 @@ def test_a_model_finds_its_encoder_again(folders, tmp_path, monkeypatch):
     )
 
 
-def cached(encoder, path, folder):
-    cache_features(encoder, [path], folder)
-    return read_features(encoder, path, folder)
+@torch.no_grad()
+def test_features_are_used_only_while_they_are_true(folders, tmp_path):
+    """Against the encoder itself; a checksum finds each changed bit."""
+    encoder, cache, path = modrwkv.read_pretrained("image", folders("siglip")), tmp_path / "cache", tmp_path / "x.png"
 
+    def encoded(encoder=encoder):
+        cache_features(encoder, [path, path], cache)
+        return read_features(encoder, path, cache).vectors
 
-def test_features_are_kept_only_while_they_are_true(folders, tmp_path):
-    encoder, cache = modrwkv.read_pretrained("image", folders("siglip")), str(tmp_path / "cache")
-    noise(40, 50).save(tmp_path / "x.png")
-    keep = lambda encoder=encoder: cached(encoder, str(tmp_path / "x.png"), cache).vectors
-    files = lambda: sorted(path for path in Path(cache).rglob("*") if path.is_file())
-    first = keep()
-    [true] = features(encoder, [load_media(encoder, tmp_path / "x.png")])
-    assert first.dtype == torch.float16 and (first.float() - true).abs().max() <= true.abs().max() / 2000
-    assert torch.equal(keep(), first) and len(files()) == 1
-    [file] = files()
-    whole = file.read_bytes()
-    archive = io.BytesIO()
-    np.savez(archive, np.ones(3))
-    flipped = [whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :] for i in (0, 32, 40, 60, 200, len(whole) - 1)]
-    shapes = whole.replace(b"(16, 32)", b"(32, 16)"), whole.replace(b"(16, 32)", b"(9999999999, 32)")
-    for damage in (
-        b"",
-        whole[:100],
-        whole[:-7],
-        b"something else",
-        whole[32:],
-        archive.getvalue(),
-        b"PK\x03\x04",
-        *shapes,
-        *flipped,
-    ):
-        file.write_bytes(damage)
-        assert torch.equal(keep(), first) and file.read_bytes() == whole
-    noise(41, 50).save(tmp_path / "x.png")
-    assert not torch.equal(keep(), first) and len(files()) == 2
-    [new] = set(files()) - {file}
-    right = new.read_bytes()
-    new.write_bytes(whole)  # whole, but another picture's
-    assert not torch.equal(keep(), first) and new.read_bytes() == right
-    assert sorted(Path(cache).rglob("*.*")) == []  # nothing half written
-    changed = Path(shutil.copytree(folders("siglip"), tmp_path / "changed")) / "config.json"
-    assert fingerprint(modrwkv.read_pretrained("image", str(changed.parent))) == fingerprint(encoder)
-    changed.write_text(changed.read_text().replace("gelu_pytorch_tanh", "relu"))
-    assert fingerprint(modrwkv.read_pretrained("image", str(changed.parent))) != fingerprint(encoder)
-    other = modrwkv.read_pretrained("image", folders("siglip, both towers"))
-    assert (
-        fingerprint(other) != fingerprint(encoder) == fingerprint(modrwkv.read_pretrained("image", folders("siglip")))
-    )
-    assert not torch.equal(keep(other), keep()) and len(files()) == 3
-    big = modrwkv.read_pretrained("image", folders("siglip"))
-    big.models[0].post_layernorm.weight.data *= 1e6  # beyond float16
-    assert keep(big).dtype == torch.float32 and keep(big).isfinite().all()
-    assert "x.jpg" in refusal(cached, encoder, "x.jpg", cache) and "no such" in refusal(cached, encoder, "x.jpg", cache)
-    assert "--feature_cache" in refusal(cached, encoder, str(tmp_path / "x.png"), str(file) + "/no")
-
-
-def test_threads_keep_the_same_features_at_once(folders, tmp_path):
-    """As when records are loaded ahead while held-out ones are scored."""
-    encoder = modrwkv.read_pretrained("image", folders("siglip"))
-    path, gate = tmp_path / "x.png", threading.Barrier(4)
     noise(40, 50).save(path)
-    assert fingerprint(encoder)  # computed before, so that they meet where files are written
+    assert read_features(encoder, path, cache) is None
+    first, [true] = encoded(), features(encoder, [load_media(encoder, path)])
+    assert first.dtype == torch.float16 and (first.float() - true).abs().max() <= true.abs().max() / 2000
+    file = Path(feature_file(encoder, path, cache))
+    right, archive = file.read_bytes(), io.BytesIO()
+    np.savez(archive, np.ones(3))
+    damaged = [b"", right[:100], right[:-7], b"something else", right[32:], archive.getvalue(), b"PK\x03\x04"]
+    damaged += [right.replace(b"(16, 32)", shape) for shape in (b"(32, 16)", b"(9999999999, 32)")]
+    damaged += [right[:i] + bytes([right[i] ^ 1]) + right[i + 1 :] for i in (0, 32, 40, 60, 200, len(right) - 1)]
+    for content in damaged:
+        file.write_bytes(content)
+        assert read_features(encoder, path, cache) is None and not file.exists()
+    assert torch.equal(encoded(), first) and file.read_bytes() == right
+    noise(41, 50).save(path)  # another picture by the same name
+    assert read_features(encoder, path, cache) is None and not torch.equal(encoded(), first)
+    assert len([*cache.rglob("*.*")]) == 0 and len([x for x in cache.rglob("*") if x.is_file()]) == 2  # nothing partial
 
-    def at_once(folder):
-        gate.wait()
-        return cached(encoder, str(path), folder).vectors
+    copied = Path(shutil.copytree(folders("siglip"), tmp_path / "copied"))
+    anew = lambda: modrwkv.read_pretrained("image", str(copied))
+    assert fingerprint(anew()) == fingerprint(encoder)  # wherever it lies
+    for name, old, new in (("config.json", "gelu_pytorch_tanh", "relu"), ("preprocessor_config.json", "0.5", "0.4")):
+        content = (copied / name).read_text()
+        (copied / name).write_text(content.replace(old, new))
+        assert old in content and fingerprint(anew()) != fingerprint(encoder)
+        (copied / name).write_text(content)
+    big = anew()
+    big.models[0].post_layernorm.weight.data *= 1e6
+    assert fingerprint(big) != fingerprint(encoder)
+    assert encoded(big).dtype == torch.float32 and encoded(big).isfinite().all()  # beyond float16
+    assert "--feature_cache" in refusal(cache_features, encoder, [path], file / "no")
 
-    with ThreadPoolExecutor(4) as pool:
-        for i in range(20):
-            first, *others = pool.map(at_once, [str(tmp_path / f"{i}")] * 4)
-            assert all(torch.equal(first, other) for other in others)
+
+def test_processes_write_the_same_features_at_once(tmp_path):
+    """As the ranks of a run, or two runs, do."""
+    fork, file, x = multiprocessing.get_context("fork"), tmp_path / "ab" / "abcd", torch.randn(50, 32)
+    write_features(tmp_path / "right", x)
+    gate, right = fork.Barrier(4), (tmp_path / "right").read_bytes()
+
+    def write_and_read():
+        for i in range(50):
+            gate.wait(30)
+            write_features(f"{file}{i}", x)
+            assert Path(f"{file}{i}").read_bytes() == right
+
+    processes = [fork.Process(target=write_and_read) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
 
 
 @torch.no_grad()
@@ -4283,7 +4327,7 @@ def test_two_stages_by_the_flags_of_the_readme(llava, rwkv6, tmp_path, monkeypat
             and ckpt["config"]["scan"] == "bi"
             and ckpt["config"]["rwkv"] == 6
         )
-        assert len({group["lr"] for group in ckpt["optimizer"][0]["param_groups"]}) == 1  # the decays' is the others'
+        assert len({group["lr"] for group in ckpt["optimizer"]["param_groups"]}) == 1  # the decays' is the others'
     start, one, two = weights
     assert all(torch.equal(one[name], x) for name, x in start.items())  # stage 1 leaves the language model as it is
     assert [name for name in start if torch.equal(two[name], one[name])] == [
