@@ -558,7 +558,7 @@ def compile_for_cpu(source):
         cpu += next((line for line in f if line.startswith(("flags", "Features"))), "")
     base = [compiler, "-O3", "-std=c++17", "-shared", "-fPIC", "-x", "c++"]
     options = (["-march=native", "-fopenmp"], ["-march=native"], [])  # Apple's clang has no OpenMP
-    return compile_once(source, [base + own for own in options], "CPU", cpu, 3)
+    return compile_once(source, [base + own for own in options], "CPU", cpu, 2)
 
 
 def compile_for_gpu(source):
@@ -579,10 +579,10 @@ def compile_for_gpu(source):
     for nvcc in compilers:  # -L: the packages have lib, where nvcc looks in lib64
         lib = os.path.join(os.path.dirname(os.path.dirname(nvcc)), "lib")
         commands.append([nvcc, "-O3", "-std=c++17", *options, "-shared", "-Xcompiler=-fPIC", f"-L{lib}"])
-    return compile_once(source, commands, "GPU", "", 40)
+    return compile_once(source, commands, "GPU", "", 30)
 
 
-def compile_once(source, commands, kind, machine, seconds):
+def compile_once(source, commands, processor, machine, seconds):
     """The path of the shared library that the first of the commands to succeed makes of the source, cached for next time.
 
     Its name holds a checksum of its content: what was cut short or changed since is built again.
@@ -597,7 +597,11 @@ def compile_once(source, commands, kind, machine, seconds):
         path = os.path.join(folder, name)
         if name.startswith(key) and name == f"{key}{checksum(path)}.so":
             return path
-    print(f"compiling kernel.cu for this {kind}, once, which takes about {seconds} s ...", file=sys.stderr, flush=True)
+    print(
+        f"compiling kernel.cu for this {processor}, once, which takes about {seconds} seconds ...",
+        file=sys.stderr,
+        flush=True,
+    )
     with tempfile.TemporaryDirectory(dir=folder) as partial:  # another process may be at it, too
         library = os.path.join(partial, "wkv7.so")
         for command in commands:

@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 import zipfile
@@ -767,6 +768,109 @@ def test_kernel_is_compiled_once_by_processes_at_once(tmp_path):
     assert (out, err) == (said[0][0], "") and library.suffix == ".so"
 
 
+@needs_compiler
+def test_kernel_that_was_damaged_is_compiled_again(tmp_path, monkeypatch, capsys):
+    """To open a library that was cut short would end the process with SIGBUS."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = Path(modrwkv.compile_for_cpu(str(KERNEL)))
+    data = path.read_bytes()
+    assert path.parent.stat().st_mode & 0o777 == 0o700 and "compiling kernel.cu" in capsys.readouterr().err
+    for damaged in (data[: len(data) // 2], data[:-9] + bytes([data[-9] ^ 1]) + data[-8:], b""):
+        path.write_bytes(damaged)
+        for said in ("compiling kernel.cu for this CPU, once, which takes about 2 seconds ...\n", ""):
+            again = Path(modrwkv.compile_for_cpu(str(KERNEL)))
+            assert again.read_bytes() == data and capsys.readouterr().err == said
+    assert ctypes.CDLL(str(path)).wkv7_forward and [again] == list(tmp_path.glob("*/*"))
+
+
+@pytest.mark.parametrize(
+    "case", ["no home", "empty home", "relative", "anyone writes", "a link", "a file", "read only"]
+)
+def test_kernel_cache_is_the_users_alone(tmp_path, monkeypatch, case):
+    """Otherwise a temporary folder of this process, and nothing is written where it runs."""
+    cache, temporary = tmp_path / "cache", tmp_path / "tmp"
+    cache.mkdir()
+    temporary.mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    if case in ("no home", "empty home"):
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setenv("HOME", "")
+    if case == "no home":
+        monkeypatch.delenv("HOME")
+    if case == "relative":
+        monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    if case == "anyone writes":
+        (cache / "modrwkv").mkdir()
+        (cache / "modrwkv").chmod(0o777)
+    if case == "a link":
+        (cache / "modrwkv").symlink_to(cache)
+    if case == "a file":
+        (cache / "modrwkv").touch()
+    if case == "read only":
+        monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    folder = Path(modrwkv.kernel_folder())
+    assert folder.parent == temporary and folder.stat().st_mode & 0o777 == 0o700
+    assert len(list(cache.iterdir())) <= 1 and not list(folder.iterdir())
+    assert sorted(tmp_path.iterdir()) == [cache, temporary]
+
+
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+@pytest.fixture
+def gpus(tmp_path, monkeypatch):
+    """A list of capabilities: the GPUs that this machine has then, and a PyTorch with CUDA; kernels go to tmp_path."""
+    found = []
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: found[i])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    modrwkv.kernel.cache_clear()
+    modrwkv.warn_slow.cache_clear()
+    yield found
+    modrwkv.kernel.cache_clear()
+
+
+def test_gpu_kernel_is_compiled_by_a_package_of_pip(gpus, tmp_path, monkeypatch, capsys):
+    """Where there is no nvcc but that of cuda-toolkit; it is a script here, which has g++ run the CUDA on the CPU."""
+    command = shlex.join(map(str, [*CUDA_ON_CPU[:-1], KERNEL]))
+    script = f'#!/bin/sh\nPATH={shlex.quote(os.environ["PATH"])}\necho "$@" >> {tmp_path}/calls\nfor last; do :; done\n'
+    folder = tmp_path / "site" / "nvidia" / "cu13" / "bin"
+    folder.mkdir(parents=True)
+    (folder / "nvcc").write_text(script + f'exec {command} -o "$last"\n')
+    (folder / "nvcc").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    gpus += [(9, 0), (7, 5), (9, 0)]
+    assert not modrwkv.has_kernel("cuda")
+    assert 'there is no nvcc; pip install "cuda-toolkit[nvcc,cccl]" brings it' in capsys.readouterr().err
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    for said in ("compiling kernel.cu for this GPU, once, which takes about 30 seconds ...\n", ""):
+        modrwkv.kernel.cache_clear()
+        assert modrwkv.has_kernel("cuda") and capsys.readouterr().err == said
+    [call] = (tmp_path / "calls").read_text().splitlines()
+    gencode = "-gencode=arch=compute_75,code=sm_75 -gencode=arch=compute_90,code=sm_90"
+    assert gencode in call and f"-L{folder.parent}/lib" in call
+    gpus.append((8, 0))  # another GPU, another library
+    assert modrwkv.compile_for_gpu(str(KERNEL)) and "compiling" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not NVCC, reason="no nvcc")
+def test_gpu_kernel_without_its_driver(gpus, tmp_path, capsys):
+    """What nvcc makes is a library that can be opened here; one line says why there is no kernel."""
+    source = re.sub(r"\n *case (16|32|128|1|2): .*", "", KERNEL.read_text())  # of the 24 kernels two
+    (tmp_path / "kernel.cu").write_text(source)
+    gpus += [(7, 5), (12, 0)]
+    path = modrwkv.compile_for_gpu(str(tmp_path / "kernel.cu"))
+    assert ctypes.CDLL(path).wkv7_backward and "compiling" in capsys.readouterr().err
+    assert modrwkv.compile_for_gpu(str(tmp_path / "kernel.cu")) == path and not capsys.readouterr().err
+    gpus[:] = [(1, 0)]
+    message = refusal(modrwkv.compile_for_gpu, str(tmp_path / "kernel.cu"))
+    assert "cannot compile kernel.cu: nvcc fatal" in message and "compute_10" in message
+
+
 @pytest.mark.parametrize(
     ("compiler", "reason"),
     [
@@ -791,7 +895,6 @@ def test_without_a_compiler_torch_does_it(tmp_path, compiler, reason):
 KERNEL = REPO / "kernel.cu"
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 NAMES = ("r", "w", "k", "v", "a", "b")
-NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
 CUDA_ON_CPU = ["g++", "-std=c++20", "-shared", "-fPIC", "-Wno-unknown-pragmas", "-D__CUDACC__"]
