@@ -35,35 +35,27 @@ Glossary: symbol here = symbol in [2] (in brackets: names of the official files)
     r_k             bonus rho for the current token
 """
 
-import ast
-import codecs
 import contextlib
-import csv
 import ctypes
 import dataclasses
 import functools
 import hashlib
-import io
-import json
+import itertools
 import math
 import os
 import platform
-import re
 import shutil
+import statistics
 import subprocess
 import sys
-import threading
+import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-import soundfile
-import soxr
-import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageChops
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 
@@ -71,324 +63,59 @@ class InputError(ValueError):
     """Something the user gave cannot be used; the message is one sentence that says what and why."""
 
 
-def setting(default, help):
-    return dataclasses.field(default=default, metadata={"help": help})
+def setting(default, help, choices=(), least=None):
+    """A field of Config or of a script's flags: its help, and what it may be (see check_settings)."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "least": least})
+
+
+def check_settings(settings):
+    """Raises InputError unless each setting is one of its choices and at least its least value."""
+    for f in dataclasses.fields(settings):
+        value, choices, least = getattr(settings, f.name), f.metadata["choices"], f.metadata["least"]
+        if choices and value not in choices:
+            raise InputError(f"{f.name}={value} is not one of {', '.join(map(str, choices))}")
+        if least is not None and value < least:
+            raise InputError(f"{f.name}={value} is not at least {least}")
 
 
 @dataclass
 class Config:
     """What a checkpoint remembers of its model. Each field is a flag of train.py."""
 
-    rwkv: int = setting(7, "generation of the blocks: 5 (decay fixed), 6 (decay of the data) or 7 (delta rule)")
-    n_layer: int = setting(2, "number of RWKV blocks")
-    n_embd: int = setting(128, "width of the model, a multiple of head_size")
-    head_size: int = setting(64, "channels of one head")
-    tokenizer: str = setting("bytes", "bytes, gpt2, or the path of an RWKV World vocabulary (rwkv_vocab_v20230424.txt)")
-    template: str = setting("world", "how turns are written as text: world, v1, v2 or v3")
+    rwkv: int = setting(7, "generation of the blocks: decay fixed, decay of the data, delta rule", (5, 6, 7))
+    n_layer: int = setting(2, "number of RWKV blocks", least=1)
+    n_embd: int = setting(128, "width of the model, a multiple of head_size", least=1)
+    head_size: int = setting(64, "channels of one head", least=1)
+    tokenizer: str = setting("bytes", "bytes, gpt2, or the path of an RWKV World vocabulary: rwkv_vocab_v20230424.txt")
+    template: str = setting("world", "how turns are written as text", ("world", "v1", "v2", "v3"))
     prompt_style: str = setting(
-        "written", "where a question has its pictures: written, first, last, sandwich, before or tagged: PROMPT_STYLES"
+        "written",
+        "where a question has its pictures",
+        ("written", "first", "last", "sandwich", "before", "tagged"),
     )
-    scan: str = setting(
-        "uni",
-        "order in which layers read a picture's vectors: uni, bi (forward, backward) or multi (down, up: layers 3 and 4)",
-    )
-    cls: str = setting(
-        "first",
-        "where clip and dinov2 have the vector of the whole picture: first (ModRWKV) or last (VisualRWKV); it is not scanned",
-    )
-    image_encoder: str = setting(
-        "patch",
-        "patch, from scratch; siglip, clip, dinov2, or the folder or hub id of one (frozen; several: a+b); none: no eyes",
-    )
-    audio_encoder: str = setting(
-        "none", "mel, from scratch; wavlm, whisper, or the folder or hub id of one (frozen); none: no ears"
-    )
-    series_encoder: str = setting(
-        "none", "wavenet, timer (pretrained: see --timer_weights), or none for a model that reads no series"
-    )
-    series_kernel: int = setting(24, "kernel of the Conv1D after the series encoder; 0 for no Conv1D")
-    series_stride: int = setting(24, "stride of that Conv1D: so many points a vector")
-    lookback: int = setting(720, "points of a series that a forecast is made from")
-    horizon: int = setting(96, "points that each vector of a series predicts")
-    image_height: int = setting(32, "a picture is scaled to this many pixels in height; its width follows")
-    patch_height: int = setting(32, "height of a patch in pixels; the image height gives column patches")
-    patch_width: int = setting(4, "width of a patch in pixels")
-    encoder_width: int = setting(128, "width of the vectors of an encoder that is trained from scratch")
+    scan: str = setting("uni", "orders in which layers read a picture by turns: 1, 2 or 4", ("uni", "bi", "multi"))
+    cls: str = setting("first", "where clip and dinov2 have the vector of the whole picture", ("first", "last"))
+    image_encoder: str = setting("patch", "patch, from scratch; siglip, clip, dinov2, a folder or hub id: a+b; none")
+    audio_encoder: str = setting("none", "mel, from scratch; wavlm, whisper, a folder or hub id; none")
+    series_encoder: str = setting("none", "from scratch, or pretrained", ("none", "wavenet", "timer"))
+    series_kernel: int = setting(24, "kernel of the Conv1D after the series encoder; 0 for no Conv1D", least=0)
+    series_stride: int = setting(24, "stride of that Conv1D: so many points a vector", least=1)
+    lookback: int = setting(720, "points of a series that a forecast is made from", least=1)
+    horizon: int = setting(96, "points that each vector of a series predicts", least=1)
+    image_height: int = setting(32, "a picture is scaled to this many pixels in height; its width follows", least=1)
+    patch_height: int = setting(32, "height of a patch in pixels; the image height gives column patches", least=1)
+    patch_width: int = setting(4, "width of a patch in pixels", least=1)
+    encoder_width: int = setting(128, "width of the features of an encoder that is trained from scratch", least=1)
     image_trim: bool = setting(True, "cut away the empty border of a picture")
-    conv_kernel: int = setting(6, "kernel of the Conv1D after the image encoder; 0 for no Conv1D")
-    conv_stride: int = setting(2, "stride of the Conv1D: that many fewer vectors per picture")
-    adapter_kind: str = setting(
-        "mlp", "of pictures and series: mlp (ModRWKV), linear (VisualRWKV 6.0) or gated (VisualRWKV 7.00)"
-    )
-    adapter_scale: int = setting(4, "hidden width of an mlp, in units of n_embd")
+    conv_kernel: int = setting(6, "kernel of the Conv1D after the image encoder; 0 for no Conv1D", least=0)
+    conv_stride: int = setting(2, "stride of the Conv1D: that many fewer vectors per picture", least=1)
+    adapter_kind: str = setting("mlp", "ModRWKV's, VisualRWKV 6.0's, VisualRWKV 7.00's", ("mlp", "linear", "gated"))
+    adapter_scale: int = setting(4, "hidden width of an mlp, in units of n_embd", least=1)
 
 
-# ----------------------------------------------------------------------------------------------
-# 1. Text: tokenizers
-# All have id 0 or `end` for the end of a document, encode(str) -> ids, decode(ids) -> bytes.
-
-
-class TiktokenTokenizer:
-    """A tokenizer of the tiktoken library: GPT-2's, or single bytes, byte b as id b + 1 as in RWKV World.
-
-    Among the bytes, the marks of the default template are tokens of their own: a question's frame costs 3 steps, not 20.
-    """
-
-    def __init__(self, name):
-        if name == "bytes":
-            ranks = {bytes([b]): b + 1 for b in range(256)}
-            marks = {mark: 257 + i for i, mark in enumerate(("\n\n", "User:", "Assistant:"))}
-            self.bpe = tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=marks)
-            self.end, self.vocab_size, self.marks = 0, 260, "all"
-        else:
-            try:
-                self.bpe = tiktoken.get_encoding(name)
-            except Exception as e:  # requests' own exceptions: tiktoken fetches the vocabulary once, then caches it
-                raise InputError(
-                    f"the tokenizer {name} could not be fetched ({type(e).__name__}): connect once, or set "
-                    "TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer=bytes"
-                ) from e
-            self.end, self.vocab_size, self.marks = self.bpe.eot_token, self.bpe.n_vocab, set()
-
-    def encode(self, text):
-        return self.bpe.encode(text, allowed_special=self.marks, disallowed_special=())
-
-    def decode(self, ids):
-        return self.bpe.decode_bytes([i for i in ids if i != self.end])
-
-
-class WorldTokenizer:
-    """RWKV World: the longest vocabulary entry that matches the UTF-8 bytes, again and again ([4], rwkv_tokenizer.py).
-
-    path: rwkv_vocab_v20230424.txt or one like it; each line `id literal length`. Id 0 ends a document.
-    """
-
-    def __init__(self, path):
-        self.end, self.vocab_size, self.bytes_of, self.trie = 0, 65536, {}, {}
-        n = 1
-        try:
-            with open(path, encoding="utf-8") as f:
-                for n, line in enumerate(f, 1):
-                    index, literal, length = (
-                        line[: line.index(" ")],
-                        line[line.index(" ") : line.rindex(" ")],
-                        line.split()[-1],
-                    )
-                    token = ast.literal_eval(literal.strip())
-                    token = token.encode("utf-8") if isinstance(token, str) else token
-                    if len(token) != int(length):
-                        raise ValueError(f"{len(token)} bytes, not {length}")
-                    self.bytes_of[int(index)] = token
-                    node = self.trie
-                    for byte in token:
-                        node = node.setdefault(byte, {})
-                    node[-1] = int(index)
-        except OSError as e:
-            raise InputError(
-                f"cannot read the tokenizer's vocabulary {path}: {e.strerror}; --tokenizer is bytes, gpt2 or such a file"
-            ) from e
-        except (ValueError, SyntaxError, TypeError, IndexError) as e:
-            raise InputError(f"{path}, line {n}, is not a line of an RWKV World vocabulary: {e}") from e
-
-    def encode(self, text):
-        data, ids, i = text.encode("utf-8"), [], 0
-        while i < len(data):
-            node, j, found = self.trie, i, None
-            while j < len(data) and (node := node.get(data[j])) is not None:
-                j += 1
-                if -1 in node:
-                    found = (node[-1], j)
-            if found is None:
-                raise InputError(f"the tokenizer's vocabulary has no entry for byte {data[i]}")
-            ids.append(found[0])
-            i = found[1]
-        return ids
-
-    def decode(self, ids):
-        return b"".join(self.bytes_of.get(i, b"") for i in ids)  # ids above the vocabulary have no text
-
-
-@functools.lru_cache
-def get_tokenizer(name):
-    return TiktokenTokenizer(name) if name in ("bytes", "gpt2") else WorldTokenizer(name)
-
-
-# ----------------------------------------------------------------------------------------------
-# 2. Conversations: from LLaVA's JSON to a sample
+MEDIA = ("image", "audio", "series")
 # A sample is a list of segments (kind, data): ("text", ids) read, ("answer", ids) read and learned,
 # ("image", pixels), ("audio", log-mel frames), ("series", points); or ("forecast", (points, targets)) alone.
-# Every conversation that is trained on, asked or scored is written by `conversation`.
-
-
-@dataclass
-class Template:
-    before: str  # before the first turn
-    human: str  # a question; {} is its text
-    gpt: str  # what calls for the answer
-    answer: str  # before the answer's text: learned, as the answer and its end are
-    end: str  # ends an answer, and nothing else: it never occurs inside a message
-
-
-TEMPLATES = {
-    "world": Template("", "User: {}\n\n", "Assistant:", " ", "\n\n"),  # RWKV World models; VisualRWKV ([3], v6.0)
-    "v1": Template("\x16", "User: {}\x17", "Assistant:", " ", "\x17"),  # ModRWKV, first released checkpoints
-    "v2": Template("", "\x16User: {}\x17", "\x16Assistant:", " ", "\x17"),  # ModRWKV, the paper's code
-    "v3": Template("", "\x16User:{}\x17", "\x16Assistant:", "", "\x17"),  # ModRWKV, August 2025 on
-}
-MEDIA = ("image", "audio", "series")
-MARK = re.compile("(" + "|".join(f"<{kind}>" for kind in MEDIA) + ")")  # where a signal stands in a question
-
-
-def read_records(path):
-    """The records of a .jsonl (one a line) or a .json file (a list, as LLaVA's), each with its "_at" (file, line) and "_folder"."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            if str(path).endswith(".json"):
-                records = json.load(f)
-                if not isinstance(records, list):
-                    raise InputError(f"{path} does not hold a list of records")
-                places = [f"{path}, record {i}" for i in range(1, len(records) + 1)]
-            else:
-                records, places = [], []
-                number = functools.lru_cache(1 << 16)(
-                    float
-                )  # of a series' points most are equal to another: one object for all of these
-                for n, line in enumerate(f, 1):
-                    if line.strip():
-                        places.append(f"{path}, line {n}")
-                        records.append(json.loads(line, parse_float=number))
-    except OSError as e:
-        raise InputError(f"cannot read {path}: {e.strerror}") from e
-    except json.JSONDecodeError as e:
-        raise InputError(f"{places[-1] if str(path).endswith('l') and places else path} is not JSON: {e}") from e
-    except UnicodeDecodeError as e:
-        raise InputError(f"{path} is not a text file in UTF-8: {e}") from e
-    if not records:
-        raise InputError(f"{path} holds no records")
-    for place, record in zip(places, records):
-        if not isinstance(record, dict):
-            raise InputError(f"{place}: a record is an object in braces, not {json.dumps(record)[:40]}")
-        record["_at"], record["_folder"] = place, os.path.dirname(path)
-        check_record(record)
-    return records
-
-
-def is_numbers(x):
-    return isinstance(x, list) and len(x) > 0 and all(isinstance(y, int | float) or y is None for y in x)
-
-
-def record_files(record, kind):
-    """What a record has of a kind, as a list of paths; a series may be a list of numbers instead, null where unknown."""
-    files = record.get(kind) or []
-    return [files] if isinstance(files, str) or kind == "series" and is_numbers(files) else files
-
-
-def record_media(record):
-    """[(kind, path or numbers)] of a record, in the order of its marks; paths are relative to the record's file."""
-    files = {kind: list(record_files(record, kind)) for kind in MEDIA}
-    marks = [mark[1:-1] for mark in MARK.findall("".join(question for question, _ in record_turns(record)))]
-    found = [(kind, files[kind].pop(0)) for kind in marks]
-    return [(kind, file if is_numbers(file) else os.path.join(record["_folder"], file)) for kind, file in found]
-
-
-def check_record(record):
-    """Raises InputError, naming the record, unless it is {"text": ...}, {"target": [...]} (behind its "series", if any) or a conversation."""
-    turns, at = record.get("conversations"), record["_at"]
-    if not isinstance(record.get("level", 0), int):
-        raise InputError(f'{at}: "level" is not a whole number')
-    if isinstance(record.get("text"), str) and turns is None:
-        if not record["text"]:
-            raise InputError(f'{at}: "text" is empty')
-        return
-    if "target" in record and turns is None:
-        if not is_numbers(record["target"]) or sum(x is not None and math.isfinite(x) for x in record["target"]) < 2:
-            raise InputError(f'{at}: "target" is not a list of two numbers or more')
-        past = record_files(record, "series")
-        if not isinstance(past, list) or len(past) > 1 or not all(isinstance(x, str) or is_numbers(x) for x in past):
-            raise InputError(f'{at}: "series" is neither a path nor a list of numbers')
-        return
-    if not isinstance(turns, list) or not turns:
-        raise InputError(f'{at}: no "conversations"')
-    marks = {kind: 0 for kind in MEDIA}
-    for i, turn in enumerate(turns):
-        expected = ("human", "gpt")[i % 2]
-        if not isinstance(turn, dict) or turn.get("from") != expected or not isinstance(turn.get("value"), str):
-            raise InputError(f'{at}: turn {i + 1} is not {{"from": "{expected}", "value": "..."}}')
-        if expected == "gpt" and not turn["value"].strip():
-            raise InputError(f"{at}: the answer in turn {i + 1} is empty")
-        for kind in MEDIA:
-            marks[kind] += turn["value"].count(f"<{kind}>") if expected == "human" else 0
-    if len(turns) % 2:
-        raise InputError(f"{at}: the last question has no answer")
-    for kind in MEDIA:
-        files = record_files(record, kind)
-        if not isinstance(files, list) or not all(
-            isinstance(file, str) or kind == "series" and is_numbers(file) for file in files
-        ):
-            raise InputError(
-                f'{at}: "{kind}" is neither a path nor a list of paths' + (", nor numbers" if kind == "series" else "")
-            )
-        n = len(files)
-        if marks[kind] != n:
-            raise InputError(f"{at}: {marks[kind]} <{kind}> in the questions, but {n} {kind} file(s)")
-
-
-SHORT_ANSWER = "Answer the question using a single word or phrase."
-PROMPT_STYLES = {  # where a question has its pictures' `marks`; ahead: all questions of the conversation
-    "written": "{question}",  # where its marks are
-    "first": "{marks}\n{text}",
-    "last": "{text}\n{marks}",
-    "sandwich": "{ahead}\n{marks}\n{text}",  # the state is ready for the picture, and the question is fresh
-    "before": "{marks}{text}",  # ahead of the turn, as the first ModRWKV models have them
-    "tagged": "{marks}{text}",  # each between two tokens of their own, as ModRWKV has them from August 2025 on
-}
-IMAGE_TAGS = 65530, 65531  # <|vision_start|> and <|vision_end|>, beyond the vocabulary of RWKV World
-
-
-def arrange(question, questions, style):
-    """A question with its pictures where the style wants them ([3], section 3.2)."""
-    marks, text = MARK.findall(question), MARK.sub("", question).strip()
-    if not marks:
-        return question
-    ahead = "\n".join(MARK.sub("", q.replace(SHORT_ANSWER, "") if q == question else q).strip() for q in questions)
-    marks = ("" if style in ("before", "tagged") else "\n").join(marks)
-    return PROMPT_STYLES[style].format(question=question, marks=marks, text=text, ahead=ahead)
-
-
-def conversation(config, turns, media, first=True):
-    """Segments of a conversation.
-
-    Args: turns [(question, answer)], an answer of None is left for the model to give; media: an iterator
-    of segments such as ("image", pixels), used up in the order of the marks <image>; first: False where
-    the turns continue a conversation whose state is kept.
-    """
-    encode, template = get_tokenizer(config.tokenizer).encode, TEMPLATES[config.template]
-    clean = lambda text: re.sub(r"\n\s*\n", "\n", re.sub("[\x16\x17]", "", text).strip())
-    segments, text = [], template.before if first else ""
-    tags = [[("text", [i])] for i in IMAGE_TAGS] if config.prompt_style == "tagged" else ([], [])
-    for question, answer in turns:
-        question = clean(arrange(question, [q for q, _ in turns], config.prompt_style))
-        if question == "<audio>":  # nothing asked: to be written down ([1]'s code: sound, and no human turn)
-            text = question + text
-        else:
-            ahead = "".join(MARK.findall(question)) if config.prompt_style == "before" else ""
-            text = ahead + text + template.human.format(question.removeprefix(ahead))
-        for piece in MARK.split(text + template.gpt):
-            if MARK.match(piece):
-                before, after = tags if piece == "<image>" else ([], [])
-                segments += before + [next(media)] + after
-            elif piece:
-                segments.append(("text", encode(piece)))
-        if answer is not None:  # the end is encoded by itself: "。\n" and the like are tokens of RWKV World
-            segments.append(("answer", encode(template.answer + clean(answer)) + encode(template.end)))
-        text = ""
-    return segments
-
-
-def record_turns(record):
-    """[(question, answer)] of a record; none of a plain text."""
-    turns = [turn["value"] for turn in record.get("conversations") or ()]
-    return list(zip(turns[::2], turns[1::2]))
 
 
 # ----------------------------------------------------------------------------------------------
@@ -912,7 +639,50 @@ class Block(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------
-# 5. Encoders: from a file to vectors
+# 5. Encoders: from a file to features
+# Each has
+#   length(x)          how many features a picture, sound or series becomes
+#   collate(media)     a batch of them -> padded tensors and indices of what is no padding; on the CPU: no GPU is asked
+#   forward(*tensors)  what collate made -> features (L, width), those of the first one, then those of the second, ...
+
+
+def pad(arrays, value=0):
+    """[(..., n)] -> (M, ..., longest n), `value` on the right of the shorter ones."""
+    padded = np.full((len(arrays), *arrays[0].shape[:-1], max(x.shape[-1] for x in arrays)), value, arrays[0].dtype)
+    for row, x in zip(padded, arrays):
+        row[..., : x.shape[-1]] = x
+    return torch.from_numpy(padded)
+
+
+def length_mask(lengths):
+    """(M, longest): what is no padding in M rows of these lengths, padded on the right."""
+    return np.arange(max(lengths)) < np.array(lengths)[:, None]
+
+
+def true_rows(mask):
+    """(L,): places in the flattened mask where it is true."""
+    return torch.from_numpy(np.flatnonzero(mask))
+
+
+def padded_rows(lengths, left=0):
+    """(M, T): gather() by these makes a padded batch of features (L, C), `left` zeros before each, others behind it."""
+    left = np.broadcast_to(left, len(lengths))
+    mask = length_mask(left + lengths)
+    mask[np.arange(mask.shape[1]) < left[:, None]] = False
+    rows = np.zeros(mask.shape, np.int64)
+    rows[mask] = np.arange(1, sum(lengths) + 1)
+    return torch.from_numpy(rows)
+
+
+def take(x, rows):
+    """Rows of x (n, C): (...) -> (..., C). Unlike that of x[rows], the backward pass is one operation."""
+    return F.embedding(rows, x)
+
+
+def gather(parts, rows):
+    """take() from all rows of parts [(n, C)], counted from 1; row 0 is zeros."""
+    zeros = parts[0].new_zeros(1, parts[0].shape[1])
+    return F.embedding(rows, torch.cat([zeros, *parts]), padding_idx=0)
 
 
 def start_loud(*layers):
@@ -920,22 +690,6 @@ def start_loud(*layers):
     for layer in layers:
         nn.init.kaiming_normal_(layer.weight)
         nn.init.zeros_(layer.bias)
-
-
-def read_picture(path):
-    """A picture file (or PIL image) as PIL image in RGB; raises InputError naming the file."""
-    try:
-        with Image.open(path) if not isinstance(path, Image.Image) else contextlib.nullcontext(path) as image:
-            if image.mode in ("P", "LA", "RGBA", "PA"):  # what is transparent lies on white paper
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            if image.mode.startswith("I"):  # 16 bits a pixel
-                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-            return image.convert("RGB")
-    except FileNotFoundError as e:
-        raise InputError(f"no such picture: {path}") from e
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise InputError(f"{path} is not a picture that can be read: {e}") from e
 
 
 class PatchEncoder(nn.Module):
@@ -958,47 +712,28 @@ class PatchEncoder(nn.Module):
         self.row = nn.Parameter(torch.zeros(config.image_height // config.patch_height, self.width))
         self.col = nn.Parameter(torch.zeros(-(-config.image_height * 16 // config.patch_width), self.width))
 
-    def load(self, path):
-        """A picture file (or PIL image) as uint8 (3, image_height, width), the width a multiple of patch_width.
-
-        The empty border is cut away if image_trim is set, the aspect ratio is kept, and pictures wider
-        than 16 times their height are made to fit; raises InputError naming the file.
-        """
-        image = read_picture(path)
-        pixels = np.asarray(image)
-        edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-        paper = tuple(int(c) for c in np.median(edge, 0))
-        if self.trim:
-            contrast = ImageChops.difference(image, Image.new("RGB", image.size, paper)).point(lambda c: c > 64 and 255)
-            image = image.crop(contrast.getbbox())  # all of it where nothing stands out
-        height, _, patch = self.size
-        scale = min(height / image.height, 16 * height / image.width)
-        inner = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-        canvas = Image.new("RGB", (-(-inner[0] // patch) * patch, height), paper)
-        canvas.paste(image.resize(inner, Image.BILINEAR), (0, (height - inner[1]) // 2))
-        return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
-
     def length(self, image):
         return (image.shape[1] // self.size[1]) * (image.shape[2] // self.size[2])
 
     def columns(self, image):
         return image.shape[2] // self.size[2]
 
-    def forward(self, images):
-        """[(3, h, w) uint8] -> [(patches, width)], patches row by row."""
-        device = self.proj.weight.device
-        widths = torch.tensor([x.shape[2] for x in images], device=device)
-        x = torch.stack([F.pad(x, (0, int(widths.max()) - x.shape[2]), value=255) for x in images]).to(device)
-        x = F.gelu(
-            self.conv1(1 - x.to(self.conv1.weight.dtype) / 255)
-        )  # white paper is 0, as are the convolutions' margins
-        x = (
-            x * (torch.arange(x.shape[3], device=device) < widths[:, None] // 2)[:, None, None]
-        )  # no picture sees its neighbours' widths
-        x = F.gelu(self.conv2(x))
-        x = self.proj(x) + (self.row[:, None] + self.col[: x.shape[3] * 4 // self.size[2]]).permute(2, 0, 1)
-        x = F.gelu(x.permute(0, 2, 3, 1))  # (B, rows, columns, width)
-        return [y[:, : n // self.size[2]].flatten(0, 1) for y, n in zip(x, widths.tolist())]
+    def collate(self, images):
+        """[(3, h, w) uint8] -> pixels (M, 3, h, W); mask (M, 1, 1, W / 2) of conv1's columns; rows (L,) of patches."""
+        _, height, width = self.size
+        columns = np.array([self.columns(x) for x in images])
+        rows = length_mask(columns)[:, None].repeat(images[0].shape[1] // height, 1)  # (M, rows, columns)
+        mask = torch.from_numpy(length_mask(columns * (width // 2)))
+        return pad([x.cpu().numpy() for x in images], 255), mask[:, None, None], true_rows(rows)
+
+    def forward(self, pixels, mask, rows):
+        """-> (L, width), patches of each picture row by row."""
+        x = 1 - pixels.to(self.conv1.weight.dtype) / 255  # white paper is 0, as are the convolutions' margins
+        x = F.gelu(self.conv1(x)) * mask  # (M, 16, h / 2, W / 2); no picture sees its neighbours' widths
+        x = F.gelu(self.conv2(x))  # (M, 32, h / 4, W / 4)
+        x = self.proj(x)  # (M, width, rows, columns)
+        x = x + (self.row[:, None] + self.col[: x.shape[3]]).permute(2, 0, 1)
+        return take(F.gelu(x.permute(0, 2, 3, 1)).flatten(0, 2), rows)
 
 
 class MelEncoder(nn.Module):
@@ -1031,66 +766,37 @@ class MelEncoder(nn.Module):
         slopes = torch.minimum((at - low) / (peak - low), (high - at) / (high - peak)).clamp(min=0)
         return (slopes * 2 / (high - low)).float()
 
-    def load(self, path):
-        """A sound file (wav, flac, ogg, mp3; any rate, any channels), or samples (n,) at 16 kHz, as log-mel frames (80, frames).
-
-        Raises InputError naming the file if it cannot be read, is empty or cut short.
-        """
-        return self.log_mel(
-            read_sound(path, self.RATE)
-            if isinstance(path, str | os.PathLike)
-            else torch.as_tensor(path, dtype=torch.float32)
-        )
-
     @classmethod
     def log_mel(cls, x, bins=BINS):
         """Samples (n,) at 16 kHz -> (bins, ceil(n / 160) or 3 at least): logarithms to base 10, down to 8 below the loudest, scaled to about -1 to 1."""
         x = F.pad(x, (0, max(3 * cls.HOP - len(x), -len(x) % cls.HOP)))
-        spectrum = torch.stft(x, cls.WINDOW, cls.HOP, window=torch.hann_window(cls.WINDOW), return_complex=True)
-        mel = (cls.filters(bins) @ spectrum[:, :-1].abs() ** 2).clamp(min=1e-10).log10()
+        window = torch.hann_window(cls.WINDOW, device=x.device)
+        spectrum = torch.stft(x, cls.WINDOW, cls.HOP, window=window, return_complex=True)
+        mel = (cls.filters(bins).to(x.device) @ spectrum[:, :-1].abs() ** 2).clamp(min=1e-10).log10()
         return (mel.clamp(min=mel.max() - 8) + 4) / 4
 
     def length(self, frames):
         return (frames.shape[1] + 1) // 2
 
-    def forward(self, sounds):
-        """[(80, frames)] -> [(length, width)]; what is 40 dB below the loudest (1 in these units) counts as silence, and of each bin its mean
-        over the sound is taken away, as is usual in speech recognition: both tell of room and microphone, and would drown the rest."""
-        lengths = [*map(self.length, sounds)]
-        x = [sound.clamp(min=sound.max() - 1) for sound in sounds]
-        x = pad([(sound - sound.mean(1, keepdim=True)).T for sound in x]).mT.to(self.conv1.weight)
-        real = lambda x, n: (
-            x * real_steps(x.shape[2], torch.tensor(n, device=x.device))[..., 0].mT
-        )  # no sound hears its neighbours' lengths
-        x = real(F.gelu(self.conv1(x)), [sound.shape[1] for sound in sounds])
-        x = F.gelu(self.conv2(x))
+    def collate(self, sounds):
+        """[(80, frames)] -> frames (M, 80, T), their mask (M, 1, T), rows (L,) of the features.
+
+        What is 40 dB below the loudest (1 in these units) counts as silence, and of each bin its mean over the sound is
+        taken away, as is usual in speech recognition: both tell of room and microphone, and would drown the rest.
+        """
+        frames = [x.cpu().numpy() for x in sounds]
+        frames = [np.maximum(x, x.max() - 1) for x in frames]
+        frames = [x - x.mean(1, keepdims=True, dtype=np.float64).astype(x.dtype) for x in frames]
+        mask = length_mask([x.shape[1] for x in frames])
+        return pad(frames), torch.from_numpy(mask)[:, None], true_rows(mask[:, ::2])
+
+    def forward(self, frames, mask, rows):
+        """-> (L, width)"""
+        x = F.gelu(self.conv1(frames.to(self.conv1.weight))) * mask  # (M, C, T); no sound hears its neighbours' lengths
+        x, mask = F.gelu(self.conv2(x)), mask[..., ::2]  # (M, C, T / 2)
         for pair in self.deep:
-            x = x + F.gelu(pair(real(x, lengths)))
-        return [y[:n] for y, n in zip(x.mT, lengths)]
-
-
-def read_sound(path, rate):
-    """The samples (n,) of a sound file, its channels averaged, at `rate` a second; raises InputError naming the file."""
-    try:
-        with soundfile.SoundFile(path) as f:
-            x, promised, notes, own_rate = f.read(dtype="float32", always_2d=True), f.frames, f.extra_info, f.samplerate
-    except FileNotFoundError as e:
-        raise InputError(f"no such sound: {path}") from e
-    except (soundfile.SoundFileError, OSError) as e:
-        if not os.path.exists(path):
-            raise InputError(f"no such sound: {path}") from e
-        raise InputError(f"{path} is not a sound that can be read: {str(e) or 'it is damaged or cut short'}") from e
-    data = re.search(
-        r"^ ?(?:data|SSND) : (\d+) \(should be (\d+)\)", notes, re.M
-    )  # of wav and aiff: what the header promises, what is there
-    short = data and int(data[2]) < int(data[1]) < 0xFFFFFF00  # more is promised by what was written as a stream
-    if len(x) < promised or short or "lacks an end-of-stream" in notes or "Junk after the last page" in notes:
-        raise InputError(f"{path} is cut short: it ends before its header says it does")
-    if not len(x):
-        raise InputError(f"{path} holds no sound")
-    if not np.isfinite(x).all():
-        raise InputError(f"{path} holds samples that are no numbers")
-    return torch.from_numpy(soxr.resample(x.mean(1), own_rate, rate))
+            x = x + F.gelu(pair(x * mask))
+        return take(x.mT.flatten(0, 1), rows)
 
 
 class WaveNet(nn.Module):
@@ -1108,30 +814,29 @@ class WaveNet(nn.Module):
         self.residuals = nn.ModuleList(nn.Conv1d(n, n, 1) for _ in self.DILATIONS)
         self.end = nn.Conv1d(n + 3, self.width, 1)
 
-    def load(self, series):
-        """A .csv file (its last column), or numbers, as normalised points: see `normalise`."""
-        return normalise(read_series(series))[0]
-
     def length(self, points):
         return points.shape[1]
 
-    def ends(self, n):
-        """Which of n points each vector ends on."""
+    def window_ends(self, n):
+        """Which of n points each feature ends on."""
         return range(n)
 
-    def forward(self, series):
-        """[(2, n)] -> [(n, width)]"""
-        x = pad([points.T for points in series]).mT.to(self.start.weight)
+    def collate(self, series):
+        """[(2, n)] -> points (M, 2, longest n), rows (L,) of the features."""
+        mask = length_mask([points.shape[1] for points in series])
+        return pad([points.cpu().numpy() for points in series]), true_rows(mask)
+
+    def forward(self, points, rows):
+        """-> (L, width)"""
+        x = points.to(self.start.weight)
         x = torch.cat([x, self.CHANGE * F.pad(x[:, :1].diff(), (1, 0))], 1)
         h, skips = self.start(x), 0
         for dilation, gate, residual in zip(self.DILATIONS, self.gates, self.residuals):
             value, opening = gate(F.pad(h, (dilation, 0))).chunk(2, 1)
             z = value.tanh() * opening.sigmoid()
             h, skips = h + residual(z), skips + z
-        y = self.end(torch.cat([skips.relu(), x], 1)).mT
-        return [
-            row[: points.shape[1]] for row, points in zip(y, series)
-        ]  # not y[i]: each one's gradient would be as large as y
+        y = self.end(torch.cat([skips.relu(), x], 1))
+        return take(y.mT.flatten(0, 1), rows)
 
 
 class Timer(nn.Module):
@@ -1161,12 +866,10 @@ class Timer(nn.Module):
         )
         self.lm_heads = nn.ModuleList([dense(C, self.PATCH)])
 
-    load = WaveNet.load
-
     def length(self, points):
         return max(1, points.shape[1] // self.PATCH)
 
-    def ends(self, n):
+    def window_ends(self, n):
         return range(n - 1 - self.PATCH * (max(1, n // self.PATCH) - 1), n, self.PATCH)
 
     def rotate(self, x):
@@ -1176,16 +879,20 @@ class Timer(nn.Module):
         (a, b), cos, sin = x.chunk(2, -1), angle.cos().to(x), angle.sin().to(x)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
+    def collate(self, series):
+        """[(2, n)] -> patches (M, longest, 96), rows (L,) of the features.
+
+        What is shorter than 96 points is preceded by zeros, its mean.
+        """
+        lengths = [self.length(x) for x in series]
+        recent = [x[0].cpu().numpy()[-n * self.PATCH :] for x, n in zip(series, lengths)]
+        recent = [np.pad(x, (n * self.PATCH - len(x), 0)) for x, n in zip(recent, lengths)]
+        return pad(recent).unflatten(1, (-1, self.PATCH)), true_rows(length_mask(lengths))
+
     @torch.no_grad()
-    def forward(self, series):
-        """[(2, n)] -> [(n // 96, 1024)]; what is shorter than 96 points is preceded by zeros, its mean."""
-        patches = [
-            F.pad(x[0], (max(0, self.PATCH - x.shape[1]), 0))[-self.PATCH * self.length(x) :].unflatten(
-                0, (-1, self.PATCH)
-            )
-            for x in series
-        ]
-        x = self.model.embed_layer.emb(pad(patches).to(self.model.norm.weight))
+    def forward(self, patches, rows):
+        """-> (L, 1024)"""
+        x = self.model.embed_layer.emb(patches.to(self.model.norm.weight))
         heads = lambda x: x.unflatten(-1, (self.HEADS, -1)).transpose(1, 2)  # (B, n, C) -> (B, H, n, N)
         for layer in self.model.layers:
             attn, ffn = layer.self_attn, layer.ffn_layer
@@ -1193,84 +900,12 @@ class Timer(nn.Module):
             y = F.scaled_dot_product_attention(self.rotate(q), self.rotate(k), v, is_causal=True)
             x = layer.norm1(x + attn.o_proj(y.transpose(1, 2).flatten(2)))
             x = layer.norm2(x + ffn.down_proj(F.silu(ffn.gate_proj(x)) * ffn.up_proj(x)))
-        return [y[: len(p)] for y, p in zip(self.model.norm(x), patches)]
+        return take(self.model.norm(x).flatten(0, 1), rows)
 
 
 def read_timer(encoder, path):
     """Fills a Timer with the published model.safetensors; raises InputError, naming what is missing or too much."""
     fit(encoder, read_safetensors(path), path)
-
-
-def read_series(series):
-    """Numbers, or a .csv file's last column (or the one named behind a #: x.csv#load), as (n,) float64, NaN where unknown."""
-    if isinstance(series, str | os.PathLike):
-        path, _, column = re.fullmatch(r"(.*?\.csv|.*?)(#(.*))?", str(series), re.I | re.S).groups("")
-        return read_table(path, column)[1][:, 0]
-    x = torch.tensor([math.nan if x is None else float(x) for x in series], dtype=torch.float64)
-    if not x.isfinite().any():
-        raise InputError("a series has no numbers")
-    return x
-
-
-def read_table(path, column=None):
-    """
-    (names, (rows, columns) float64, NaN where unknown) of a .csv file with a header.
-
-    column: the name of one, "" for the last one, None for all that begin with a number (the others are dates and words).
-    Raises InputError naming file, line and column.
-    """
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as f:
-            text = f.read()
-        first = text.partition("\n")[0]
-        rows = [
-            (n, row)
-            for n, row in enumerate(csv.reader(text.splitlines(), delimiter=max(",;\t", key=first.count)), 1)
-            if row
-        ]
-    except OSError as e:
-        raise InputError(f"cannot read {path}: {e.strerror}") from e
-    except (UnicodeDecodeError, csv.Error) as e:
-        raise InputError(f"{path} is not a .csv file: {e}") from e
-
-    def number(text):
-        if text.strip().lower() in ("", "na", "nan", "null", "none", "-"):
-            return math.nan
-        try:
-            return float(text)
-        except ValueError:
-            return None
-
-    if len(rows) < 2:
-        raise InputError(f"{path} has no rows under its header")
-    (_, names), *rows = rows
-    if all(number(name) is not None for name in names):
-        raise InputError(f"{path} has no header: its first line has to name its columns")
-    for n, row in rows:
-        if len(row) != len(names):
-            raise InputError(f"{path}, line {n}, has {len(row)} values, not {len(names)} as its header has")
-    known = lambda i: next(
-        (x for x in (number(row[i]) for _, row in rows) if x is None or x == x), math.nan
-    )  # the first there is
-    if column is None:
-        columns = [i for i in range(len(names)) if (x := known(i)) is not None and x == x]
-    elif column and column not in names:
-        raise InputError(f"{path} has no column {column}; its columns are {', '.join(names)}")
-    else:
-        columns = [names.index(column) if column else len(names) - 1]
-    for i in columns:
-        if (x := known(i)) is not None and x != x:
-            raise InputError(f"{path}: column {names[i] or i + 1} is empty; another is chosen by {path}#NAME")
-        for n, row in rows:
-            if number(row[i]) is None:
-                raise InputError(
-                    f"{path}, line {n}: {row[i]!r} in column {names[i]} is not a number; another column is chosen by {path}#NAME"
-                )
-    if not columns:
-        raise InputError(f"{path} has no column of numbers")
-    return [names[i] for i in columns], torch.tensor(
-        [[number(row[i]) for i in columns] for _, row in rows], dtype=torch.float64
-    )
 
 
 def normalise(x, known=None, scale=None):
@@ -1318,56 +953,20 @@ class Pretrained(nn.Module):
     def length(self, signal):
         return len(signal.vectors) if isinstance(signal, Features) else self.count(signal)
 
+    def collate(self, media):
+        """What load or cached made -> features from the cache; rows (L,) of [encoded; cached]; what encode takes."""
+        cached = np.array([isinstance(x, Features) for x in media])
+        known = [x.vectors.cpu().numpy() for x in media if isinstance(x, Features)]
+        order = np.argsort(np.repeat(cached, [self.length(x) for x in media]), kind="stable")
+        known = np.concatenate([np.zeros((0, self.width), np.float16), *known])
+        inputs = () if cached.all() else self.inputs([x for x in media if not isinstance(x, Features)])
+        return torch.from_numpy(known), torch.from_numpy(np.argsort(order)), *inputs
+
     @torch.no_grad()
-    def forward(self, signals):
-        """[signals of load, or Features] -> [(L, width)]"""
-        new = [signal for signal in signals if not isinstance(signal, Features)]
-        encoded, like = iter(self.encode(new) if new else ()), next(self.models[0].parameters())
-        return [signal.vectors.to(like) if isinstance(signal, Features) else next(encoded) for signal in signals]
-
-    @functools.cached_property
-    def identity(self):
-        """What is the same for the same weights, config and preparation alone, wherever they lie."""
-        values = [
-            p.flatten()[:: max(1, p.numel() // 64)].float().cpu().numpy().tobytes()
-            for model in self.models
-            for p in model.parameters()
-        ]
-        configs = [model.config.to_dict() | {"_name_or_path": ""} for model in self.models]
-        return hashlib.sha256(b"".join(values) + repr((configs, self.preparations)).encode()).hexdigest()
-
-    def cached(self, path, folder):
-        """load(path) and forward as Features, kept in `folder` in float16 (values move by less than 1 / 2,000 of themselves): computed anew
-        when weights, config, preparation, or the file's place, size or time have changed, or what is kept does not have its checksum."""
-        try:
-            about = os.stat(path)
-        except OSError:
-            return self.load(path)  # it knows what to say
-        key = hashlib.sha256(
-            f"{self.identity} {os.path.abspath(path)} {about.st_size} {about.st_mtime_ns}".encode()
-        ).hexdigest()
-        kept, sealed = (
-            os.path.join(folder, key[:2], key),
-            lambda body: hashlib.sha256(key.encode() + body).digest() + body,
-        )
-        with contextlib.suppress(OSError):
-            with open(kept, "rb") as f:
-                data = f.read()
-            if data == sealed(data[32:]):
-                return Features(torch.from_numpy(np.load(io.BytesIO(data[32:]))))
-        [vectors] = self([self.load(path)])
-        half, body = vectors.half().cpu(), io.BytesIO()
-        features = Features(half if half.isfinite().all() else vectors.float().cpu())
-        np.save(body, features.vectors.numpy())
-        try:
-            os.makedirs(os.path.dirname(kept), exist_ok=True)
-            partial = f"{kept}.{os.getpid()}.{threading.get_ident()}"  # other processes, and the thread that loads ahead, may be at it, too
-            with open(partial, "wb") as f:
-                f.write(sealed(body.getvalue()))
-            os.replace(partial, kept)
-        except OSError as e:
-            raise InputError(f"could not keep features in --feature_cache={folder}: {e.strerror}") from e
-        return features
+    def forward(self, cached, rows, *inputs):
+        """-> (L, width)"""
+        cached = cached.to(next(self.models[0].parameters()))
+        return take(torch.cat([self.encode(*inputs), cached]) if inputs else cached, rows)
 
 
 class Vision(Pretrained):
@@ -1392,36 +991,27 @@ class Vision(Pretrained):
             raise InputError(
                 f"encoders joined by + have to see the same grid of patches, not {' and '.join(f'{h} x {w}' for h, w in grids)}"
             )
-        self.rows, self.across = grids[0]
+        self.grid_h, self.grid_w = grids[0]
         self.cls = len(models) == 1 and models[0].config.model_type != "siglip_vision_model"
 
-    def load(self, path):
-        """A picture file as [uint8 (3, height, width)], for each encoder as its own processor scales and cuts it."""
-        image, found = read_picture(path), []
-        for p, (height, width) in zip(self.preparations, self.sizes):
-            x, size = image, p["size"]
-            if p.get("do_resize", True) and isinstance(size, dict) and "height" in size:
-                x = x.resize((size["width"], size["height"]), p["resample"])
-            elif p.get("do_resize", True):  # the shorter side
-                n, short = size["shortest_edge"] if isinstance(size, dict) else size, min(x.size)
-                x = x.resize([n if side == short else int(n * side / short) for side in x.size], p["resample"])
-            left, top = (x.width - width) // 2, (x.height - height) // 2
-            found.append(torch.from_numpy(np.array(x.crop((left, top, left + width, top + height)))).permute(2, 0, 1))
-        return found
-
     def count(self, _):
-        return self.rows * self.across + self.cls
+        return self.grid_h * self.grid_w + self.cls
 
     def columns(self, _):
-        return self.across
+        return self.grid_w
 
-    def encode(self, pictures):
+    def inputs(self, pictures):
+        """Mean and standard deviation (models, 2, 3, 1, 1), and of each model its pixels (M, 3, height, width)."""
+        scale = np.array([[p["image_mean"], p["image_std"]] for p in self.preparations], np.float32)
+        pixels = (torch.from_numpy(np.stack([x.cpu().numpy() for x in of_model])) for of_model in zip(*pictures))
+        return torch.from_numpy(scale)[..., None, None], *pixels
+
+    def encode(self, scale, *pixels):
         parts = []
-        for model, p, pixels in zip(self.models, self.preparations, zip(*pictures)):
-            mean, std = (torch.tensor(p[name])[:, None, None] for name in ("image_mean", "image_std"))
-            x = (torch.stack(pixels) * p["rescale_factor"] - mean) / std
+        for model, p, (mean, std), x in zip(self.models, self.preparations, scale, pixels):
+            x = (x * p["rescale_factor"] - mean) / std
             parts.append(model(pixel_values=x.to(next(model.parameters()))).last_hidden_state)
-        return torch.cat([y[:, -self.count(0) :] for y in parts], -1)
+        return torch.cat([y[:, -self.count(0) :] for y in parts], -1).flatten(0, 1)
 
 
 class Speech(Pretrained):
@@ -1434,19 +1024,6 @@ class Speech(Pretrained):
         if self.whisper:
             self.window = 2 * model.config.max_source_positions * MelEncoder.HOP
 
-    def load(self, path):
-        """A sound file of any rate, or samples (n,) at 16 kHz, as samples."""
-        x = (
-            read_sound(path, MelEncoder.RATE)
-            if isinstance(path, str | os.PathLike)
-            else torch.as_tensor(path, dtype=torch.float32)
-        )
-        if not self.whisper:
-            if self.preparations[0].get("do_normalize", True):
-                x = (x - x.mean()) / (x.var(correction=0) + 1e-7).sqrt()
-            x = F.pad(x, (0, max(0, 400 - len(x))))  # the first vector sees so many
-        return x
-
     def count(self, x):
         if self.whisper:
             return sum(
@@ -1455,18 +1032,20 @@ class Speech(Pretrained):
             )
         return int(self.models[0]._get_feat_extract_output_lengths(len(x)))
 
-    def encode(self, sounds):
+    def inputs(self, sounds):
+        return sounds
+
+    def encode(self, *sounds):
         [model] = self.models
         like = next(model.parameters())
-        if not self.whisper:
-            return [model(input_values=x[None].to(like)).last_hidden_state[0] for x in sounds]
-        mel = lambda x: MelEncoder.log_mel(F.pad(x, (0, self.window - len(x))), model.config.num_mel_bins)[None].to(
-            like
-        )
-        return [
-            torch.cat([model(mel(part)).last_hidden_state[0, : self.count(part)] for part in x.split(self.window)])
-            for x in sounds
-        ]
+        features = []
+        for x in sounds:
+            if not self.whisper:
+                features.append(model(input_values=x[None].to(like)).last_hidden_state[0])
+            for part in x.split(self.window) if self.whisper else ():
+                mel = MelEncoder.log_mel(F.pad(part, (0, self.window - len(part))), model.config.num_mel_bins)
+                features.append(model(mel[None].to(like)).last_hidden_state[0, : self.count(part)])
+        return torch.cat(features)
 
 
 HUB = {  # where a family is fetched from
@@ -1519,10 +1098,14 @@ def read_pretrained(kind, names):
                     + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
                 )
             models.append(model.get_encoder() if family == "whisper" else model)
-            with open(transformers.utils.cached_file(place, "preprocessor_config.json"), encoding="utf-8") as f:
-                preparations.append(
-                    {"rescale_factor": 1 / 255, "resample": 3} | json.load(f)
-                )  # older files leave these out
+            settings_of = (
+                transformers.ImageProcessingMixin.get_image_processor_dict
+                if kind == "image"
+                else transformers.FeatureExtractionMixin.get_feature_extractor_dict
+            )
+            preparations.append(
+                {"rescale_factor": 1 / 255, "resample": 3} | settings_of(place)[0]
+            )  # older files leave these out
             if lacking := [
                 name for name in ("size", "image_mean", "image_std") if kind == "image" and name not in preparations[-1]
             ]:
@@ -1548,11 +1131,6 @@ class AbsentTowers(nn.Module):
         super().__init__()
         self.width = config.encoder_width
 
-    def load(self, path):
-        raise InputError(
-            f"{path}: VisualRWKV 7.00 sees through SAM ViT-B, DINOv2-L and SigLIP-so400m at once, which are not here; without pictures it answers"
-        )
-
 
 ENCODERS = {
     "image": {"patch": PatchEncoder, "dinov2+siglip+sam": AbsentTowers},
@@ -1563,15 +1141,6 @@ ENCODERS = {
 
 # ----------------------------------------------------------------------------------------------
 # 6. Adapter
-
-
-def pad(xs):
-    """[(n, C)] -> (B, longest n, C), zeros on the right; torch's pad_sequence copies the whole batch for each gradient."""
-    n = max(map(len, xs))
-    return torch.stack([F.pad(x, (0, 0, 0, n - len(x))) for x in xs])
-
-
-ADAPTERS = ("mlp", "linear", "gated")
 
 
 class Adapter(nn.Module):
@@ -1612,26 +1181,33 @@ class Adapter(nn.Module):
     def length(self, n):
         return (n + self.padding(n) - self.kernel) // self.stride + 1 if self.kernel else n
 
-    def ends(self, n):
-        """Which of n vectors each window ends on."""
+    def window_ends(self, n):
+        """Which of n features each window ends on."""
         return range(self.kernel - 1 - self.padding(n), n, self.stride) if self.kernel else range(n)
 
-    def forward(self, signals):
-        """[(L, width)] -> [(L', n_embd)]"""
-        lengths = [self.length(len(x)) for x in signals]
+    def collate(self, lengths):
+        """
+        Of features of these lengths: rows (M, T), by which gather() makes the Conv1D's input; kept (L',), the windows
+        that are no padding; positions (L',), the rows of `place`.
+        """
+        windows, positions = [self.length(n) for n in lengths], None
+        rows = padded_rows(lengths, [self.padding(n) for n in lengths]) if self.kernel else None
+        if self.place is not None:
+            P = len(self.place)
+            positions = torch.from_numpy(np.concatenate([np.arange(P - n, P) for n in windows]).clip(0))
+        return rows, true_rows(length_mask(windows)), positions
+
+    def forward(self, x, rows, kept, positions=None):
+        """(L, width) -> (L', n_embd)"""
         if self.kernel:
-            x = pad([F.pad(x, (0, 0, self.padding(len(x)), 0)) for x in signals])
-            x = torch.cat([y[:n] for y, n in zip(self.conv(x.mT).mT, lengths)])
-        else:
-            x = torch.cat(signals)
+            x = self.conv(gather([x], rows).mT).mT  # (M, T, width) -> (M, windows, width)
+            x = take(x.flatten(0, 1), kept)
         if self.kind == "mlp":
             y = self.mlp(x)
             y = y + self.pre_norm(y)
         else:
             y = self.o_proj(x) if self.kind == "linear" else self.ln_v(self.o_proj(x * torch.sigmoid(self.gate(x))))
-        if self.place is not None:
-            y = y + self.place[torch.cat([torch.arange(-n, 0).clamp(min=-len(self.place)) for n in lengths])]
-        return y.split(lengths)
+        return y if positions is None else y + take(self.place, positions)
 
 
 class SpeechAdapter(nn.Module):
@@ -1647,35 +1223,70 @@ class SpeechAdapter(nn.Module):
     def length(self, n):
         return (n + 1) // 2 + 1
 
-    def forward(self, signals):
-        """[(L, width)] -> [(L', n_embd)]"""
-        lengths = [self.length(len(x)) for x in signals]
-        x = self.conv(pad(signals).mT).mT  # the zeros behind a shorter signal are those of its own padding
-        return self.mlp(torch.cat([y[:n] for y, n in zip(x, lengths)])).split(lengths)
+    def collate(self, lengths):
+        """rows and kept, as Adapter's."""
+        return padded_rows(lengths), true_rows(length_mask([self.length(n) for n in lengths]))
+
+    def forward(self, x, rows, kept):
+        """(L, width) -> (L', n_embd)"""
+        x = self.conv(gather([x], rows).mT).mT  # the zeros behind a shorter sound are those of its own padding
+        return self.mlp(take(x.flatten(0, 1), kept))
 
 
 # ----------------------------------------------------------------------------------------------
 # 7. ModRWKV
 
 
+SOURCE = {"answer": "text", "forecast": "series"}  # what a segment is made of, where its kind does not say so
 SCANS = {"uni": 1, "bi": 2, "multi": 4}  # so many orders take turns from layer to layer: forward, backward, down, up
 
 
-def scan(span, ends, columns):
+def scan(span, window_ends, columns):
     """The orders in which layers read a picture ([3], section 3.3) whose vectors have the positions `span` in the sequence.
-    Down is by column, then by row, of the last patch in a vector's window: `ends`, as Adapter.ends gives them."""
-    down = sorted(span, key=lambda i: (ends[i - span[0]] % columns, ends[i - span[0]]))
+    Down is by column, then by row, of the last patch in a vector's window: `window_ends`, as of Adapter."""
+    down = sorted(span, key=lambda i: (window_ends[i - span[0]] % columns, window_ends[i - span[0]]))
     return span, span[::-1], down, down[::-1]
+
+
+VOCAB_SIZES = {"bytes": 260, "gpt2": 50257}  # of tokenizers; RWKV World's: 65536
 
 
 def reorder(x, order):
     return x.gather(1, order[..., None].expand_as(x))
 
 
+class Batch(NamedTuple):
+    """What ModRWKV.collate makes of a list of samples, on the CPU: a GPU is asked for no count."""
+
+    ids: torch.Tensor  # (n,): of all text
+    media: dict  # kind -> (number of them, what its encoder takes, what its adapter takes)
+    rows: torch.Tensor  # (B, T): what stands where, as rows of [zeros; embeddings of ids; images; sounds; series]
+    labels: torch.Tensor  # (B, T): the token each position has to predict, -100 where none
+    lengths: torch.Tensor  # (B,)
+    orders: list  # what the layers take turns to gather their input by: (B, T), or None for as it is
+    answers: torch.Tensor  # (m,): positions in (B T) that have a label
+    forecasts: torch.Tensor  # (f,): positions in (B T) that forecast
+    targets: torch.Tensor  # (f, horizon): the points they forecast, NaN where unknown
+    n_targets: torch.Tensor  # (m + f,): how many answers and forecasts the sample of each has
+    n_samples: int  # that have any
+
+    def to(self, device):
+        return Batch(*(move(x, device) for x in self))
+
+
+def move(x, device):
+    """x with its tensors on a device; x may be a dict, list or tuple that holds them."""
+    if isinstance(x, dict):
+        return {key: move(value, device) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [move(value, device) for value in x]
+    return x.to(device, non_blocking=True) if torch.is_tensor(x) else x
+
+
 class ModRWKV(nn.Module):
     """The language model, with an encoder and an adapter for each kind of signal."""
 
-    feature_cache = ""  # a folder: Pretrained.cached
+    feature_cache = ""  # a folder: data/media.py
     checkpoint_activations = (
         False  # in training keep what enters a block alone, and run the block again in the backward pass
     )
@@ -1684,32 +1295,11 @@ class ModRWKV(nn.Module):
         """vocab_size, ranks of the low-rank matrices and hidden width of the FFN: read off a checkpoint, else official. With ranks,
         the language model has no initial values, which take a minute for half a billion parameters: the checkpoint fills it."""
         super().__init__()
-        for name in (
-            "n_layer",
-            "n_embd",
-            "head_size",
-            "image_height",
-            "patch_height",
-            "patch_width",
-            "encoder_width",
-        ) + ("conv_stride", "adapter_scale", "series_stride", "lookback", "horizon"):
-            if getattr(config, name) < 1:
-                raise InputError(f"{name}={getattr(config, name)} is not at least 1")
+        check_settings(config)
         if config.n_embd % config.head_size:
             raise InputError(f"n_embd={config.n_embd} is not a multiple of head_size={config.head_size}")
-        known = {
-            "rwkv": MIXERS,
-            "template": TEMPLATES,
-            "scan": SCANS,
-            "prompt_style": PROMPT_STYLES,
-            "adapter_kind": ADAPTERS,
-            "cls": ("first", "last"),
-        }
-        for name, known in known.items():
-            if getattr(config, name) not in known:
-                raise InputError(f"{name}={getattr(config, name)} is not one of {', '.join(map(str, known))}")
         self.config = config
-        V, C = vocab_size or get_tokenizer(config.tokenizer).vocab_size, config.n_embd
+        V, C = vocab_size or VOCAB_SIZES.get(config.tokenizer, 65536), config.n_embd
         with torch.device("meta") if ranks else contextlib.nullcontext():
             self.emb = nn.Embedding(V, C)
             nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)
@@ -1731,12 +1321,12 @@ class ModRWKV(nn.Module):
                     "series": (config.series_kernel, config.series_stride),
                 }
                 own = (*convs[kind], config.adapter_kind) if kind in convs else ()
-                own += (len(encoder.ends(config.lookback)),) if kind == "series" else ()
+                own += (len(encoder.window_ends(config.lookback)),) if kind == "series" else ()
                 self.adapter[kind] = (Adapter if kind in convs else SpeechAdapter)(
                     encoder.width, C, config.adapter_scale, *own
                 )
         if "series" in self.encoder:
-            n, kernel = len(self.encoder["series"].ends(config.lookback)), config.series_kernel
+            n, kernel = len(self.encoder["series"].window_ends(config.lookback)), config.series_kernel
             if kernel and not config.series_stride <= kernel <= n:
                 raise InputError(
                     f"series_kernel={kernel} is not 0, nor from series_stride={config.series_stride} to the {n} vectors of a lookback"
@@ -1744,49 +1334,6 @@ class ModRWKV(nn.Module):
             self.forecast_head = nn.Linear(C, config.horizon)
             nn.init.zeros_(self.forecast_head.weight)  # the first forecast is the mean
             nn.init.zeros_(self.forecast_head.bias)
-
-    # -- from records and questions to samples --
-
-    def segments(self, turns, media, first=True, at=""):
-        """The segments of turns [(question, answer or None)] about media [(kind, path)]; `at` is where errors say they are."""
-        try:
-            for kind, path in media:
-                if kind not in self.encoder:
-                    name = path if isinstance(path, str | os.PathLike) else "a list of numbers"
-                    raise InputError(
-                        f"{name}: this model has no {kind} encoder; train one with --{kind}_encoder={next(iter(ENCODERS[kind]))}"
-                    )
-            return conversation(self.config, turns, ((kind, self.signal(kind, path)) for kind, path in media), first)
-        except InputError as e:
-            raise InputError(f"{at}: {e}" if at else str(e)) from e
-
-    def signal(self, kind, path):
-        encoder = self.encoder[kind]
-        kept = self.feature_cache and isinstance(encoder, Pretrained) and isinstance(path, str | os.PathLike)
-        return encoder.cached(path, self.feature_cache) if kept else encoder.load(path)
-
-    def sample(self, record):
-        """The segments of a record of read_records, to learn from; raises InputError naming the record."""
-        if "target" in record and not record.get("conversations"):
-            past = [
-                file if is_numbers(file) else os.path.join(record["_folder"], file)
-                for file in record_files(record, "series")
-            ]
-            return [("forecast", torch.cat([read_series(x) for x in (*past, record["target"])]))]
-        if not record.get("conversations"):
-            tokenizer = get_tokenizer(self.config.tokenizer)
-            return [("answer", tokenizer.encode(record["text"]) + [tokenizer.end])]
-        return self.segments(record_turns(record), record_media(record), at=record["_at"])
-
-    def question(self, prompt, media=(), first=True):
-        """The segments that ask `prompt` about media [(kind, path)]; those without a mark such as <image> go before it."""
-        files = {kind: [file for file in media if file[0] == kind] for kind in MEDIA}
-        for kind in MEDIA:
-            missing = len(files[kind]) - prompt.count(f"<{kind}>")
-            if missing < 0:
-                raise InputError(f"the prompt has {-missing} <{kind}> more than there are {kind} files")
-            prompt = f"<{kind}>\n" * missing + prompt
-        return self.segments([(prompt, None)], [files[mark[1:-1]].pop(0) for mark in MARK.findall(prompt)], first)
 
     def window(self, x, rng=None):
         """
@@ -1807,10 +1354,11 @@ class ModRWKV(nn.Module):
             known = n if rng.random() < 0.15 else rng.randint(blank + (n - blank) // 3, n)
         past, x = x[: start + known], x[start : start + n + horizon]
         points, *_ = normalise(x, known, past[past.isfinite()].std(correction=0))
-        ends = self.encoder["series"].ends(n)
-        ends = torch.tensor([ends[i] for i in self.adapter["series"].ends(len(ends))])
+        ends = self.encoder["series"].window_ends(n)
+        ends = torch.tensor([ends[i] for i in self.adapter["series"].window_ends(len(ends))])
         targets = torch.where(points[1] > 0, points[0], math.nan)[ends[:, None] + torch.arange(1, horizon + 1)]
-        targets[ends + 1 < known if points[1, :n].any() else ...] = math.nan
+        first = known if points[1, :n].any() else math.inf  # from nothing, nothing is learned
+        targets[ends + 1 < first] = math.nan
         return [("forecast", (points[:, :n], targets))]
 
     def length(self, sample):
@@ -1827,74 +1375,108 @@ class ModRWKV(nn.Module):
         """Where a signal has a vector of the whole, which its encoder puts first: "first", "last", or None if it has none."""
         return self.config.cls if getattr(self.encoder[kind], "cls", False) else None
 
+    def collate(self, samples):
+        """Samples of segments -> Batch: all that can be counted beforehand, maybe by a data loader's worker."""
+        if isinstance(samples, Batch):
+            return samples
+        found = {kind: [] for kind in ("text", *MEDIA)}
+        for kind, data in itertools.chain(*samples):
+            found[SOURCE.get(kind, kind)].append(data[0] if kind == "forecast" else data)
+        ids = np.fromiter(itertools.chain(*found.pop("text")), np.int64)
+        if len(ids) and not 0 <= ids.min() <= ids.max() < self.emb.num_embeddings:
+            raise InputError(f"token {ids.max()} is beyond the model's vocabulary of {self.emb.num_embeddings}")
+        next_row, media = {"text": 1}, {}
+        end = 1 + len(ids)
+        for kind, signals in found.items():
+            if not signals:
+                continue
+            if kind not in self.encoder:
+                raise InputError(f"this model has no {kind} encoder")
+            encoder, adapter = self.encoder[kind], self.adapter[kind]
+            lengths = [encoder.length(x) for x in signals]
+            media[kind] = len(signals), encoder.collate(signals), adapter.collate(lengths)
+            next_row[kind] = end
+            end += sum(adapter.length(n) for n in lengths)
+
+        lengths = [self.length(sample) for sample in samples]
+        B, T = len(samples), max(lengths)
+        rows, tokens = np.zeros((B, T), np.int64), np.full((B, T + 1), -100)
+        orders = np.tile(np.arange(T), (SCANS[self.config.scan] if "image" in media else 1, B, 1))
+        forecasts, targets = [np.zeros(0, np.int64)], [np.zeros((0, self.config.horizon), np.float32)]
+        for i, sample in enumerate(samples):
+            t = 0
+            for kind, data in sample:
+                n, source = self.length([(kind, data)]), SOURCE.get(kind, kind)
+                rows[i, t : t + n] = np.arange(next_row[source], next_row[source] + n)
+                next_row[source] += n
+                if kind == "answer":
+                    tokens[i, t : t + n] = data
+                elif kind == "forecast":
+                    target = data[1].cpu().numpy()
+                    known = np.flatnonzero(~np.isnan(target).all(1))
+                    forecasts.append(i * T + t + known)
+                    targets.append(target[known])
+                elif kind == "image" and len(orders) > 1:
+                    span, scans = self.scan_image(t, data)
+                    orders[:, i, span] = scans[: len(orders)]
+                t += n
+        labels, forecasts = tokens[:, 1:], np.concatenate(forecasts)
+        answers = np.flatnonzero(labels != -100)
+        sample_of = np.concatenate([answers, forecasts]) // T
+        n_targets = np.bincount(sample_of, minlength=B)
+        return Batch(
+            ids=torch.from_numpy(ids),
+            media=media,
+            rows=torch.from_numpy(rows),
+            labels=torch.from_numpy(labels),
+            lengths=torch.from_numpy(np.array(lengths)),
+            orders=[None, *torch.from_numpy(orders[1:])],
+            answers=torch.from_numpy(answers),
+            forecasts=torch.from_numpy(forecasts),
+            targets=torch.from_numpy(np.concatenate(targets)),
+            n_targets=torch.from_numpy(n_targets[sample_of]),
+            n_samples=np.count_nonzero(n_targets),
+        )
+
+    def scan_image(self, t, image):
+        """The positions, from t on, of a picture's vectors but that of the whole, and the orders to read them in."""
+        encoder, cls = self.encoder["image"], self.cls("image")
+        ends, first = self.adapter["image"].window_ends(encoder.length(image)), int(cls == "first")
+        span = range(t + first, t + len(ends) - int(cls == "last"))
+        return span, scan(span, [end - first for end in ends[first:]], encoder.columns(image))
+
     def fuse(self, samples):
-        """Samples of segments to one padded batch.
+        """
+        Samples of segments, or a Batch, to one padded batch.
 
         Returns: x (B, T, C), padded on the right; labels (B, T), the token each position has to predict,
         -100 where none; lengths (B,); orders, what the layers take turns to gather their input by, (B, T) each, None for as it is.
         """
-        device = self.emb.weight.device
-        ids = torch.tensor(
-            [i for sample in samples for kind, data in sample if kind in ("text", "answer") for i in data],
-            dtype=torch.long,
-        )
-        if len(ids) and not 0 <= ids.min() <= ids.max() < self.emb.num_embeddings:
-            raise InputError(f"token {ids.max()} is beyond the model's vocabulary of {self.emb.num_embeddings}")
-        vectors = {
-            "text": iter(
-                self.emb(ids.to(device)).split([len(d) for s in samples for k, d in s if k in ("text", "answer")])
-            )
-        }
-        source = {"answer": "text", "forecast": "series"}
-        for kind in {source.get(kind, kind) for sample in samples for kind, _ in sample} & set(MEDIA):
-            if kind not in self.encoder:
-                raise InputError(f"this model has no {kind} encoder")
-            signals = [
-                data[0] if k == "forecast" else data
-                for sample in samples
-                for k, data in sample
-                if source.get(k, k) == kind
-            ]
-            vectors[kind] = self.encoder[kind](signals)
+        # 1. Count what is where, on the CPU
+        batch = self.collate(samples).to(self.emb.weight.device)
+        # 2. Encode all media of a kind at once
+        vectors = [self.emb(batch.ids)]  # (n, C)
+        for kind, (n, encoder_inputs, adapter_inputs) in batch.media.items():
+            features = self.encoder[kind](*encoder_inputs)  # (L, width)
             if self.cls(kind) == "last":
-                vectors[kind] = [x.roll(-1, 0) for x in vectors[kind]]
-            vectors[kind] = iter(self.adapter[kind](vectors[kind]))
-        xs, labels, pictures = [], [], []
-        for sample in samples:
-            x, label = [], []
-            for kind, data in sample:
-                x.append(next(vectors[source.get(kind, kind)]))
-                if kind == "image":
-                    pictures.append((len(xs), range(len(label), len(label) + len(x[-1])), data))
-                label += data if kind == "answer" else [-100] * len(x[-1])
-            xs.append(torch.cat(x))
-            labels.append(torch.tensor(label[1:] + [-100]))
-        x, orders = pad(xs), [None]
-        if pictures:
-            orders += [torch.arange(x.shape[1]).repeat(len(x), 1) for _ in range(SCANS[self.config.scan] - 1)]
-        for i, span, data in pictures if len(orders) > 1 else ():
-            encoder, ends = self.encoder["image"], self.adapter["image"].ends(self.encoder["image"].length(data))
-            first = self.cls("image") == "first"
-            span = span[first : -1 if self.cls("image") == "last" else None]
-            ways = scan(span, [end - first for end in ends[first:]], encoder.columns(data))
-            for order, way in zip(orders[1:], ways[1:]):
-                order[i, span.start : span.stop] = torch.tensor(way)
-        orders = [None] + [order.to(device) for order in orders[1:]]
-        lengths = torch.tensor([len(x) for x in xs], device=device)
-        return x, pad_sequence(labels, True, -100).to(device), lengths, orders
+                features = features.unflatten(0, (n, -1)).roll(-1, 1).flatten(0, 1)
+            vectors.append(self.adapter[kind](features, *adapter_inputs))  # (L', C)
+        # 3. Place all of them by one gather
+        x = gather(vectors, batch.rows)  # (B, T, C)
+        return x, batch.labels, batch.lengths, batch.orders
 
-    def hidden(self, x, state=None, lengths=None, orders=(None,)):
+    def backbone(self, x, state=None, lengths=None, orders=(None,)):
         """(B, T, C) into the blocks -> (B, T, C) out of ln_out, and the new state."""
         v_first, new = None, []
+        backs = [None if order is None else order.argsort(1) for order in orders]
         for layer, (block, s) in enumerate(zip(self.blocks, state or [(None, None, None)] * len(self.blocks))):
-            order = orders[layer % len(orders)]
+            order, back = orders[layer % len(orders)], backs[layer % len(orders)]
             if self.checkpoint_activations and torch.is_grad_enabled():
                 block = functools.partial(checkpoint, block, use_reentrant=False)
             if order is None:
                 x, v, s = block(x, v_first, s, lengths)
                 v_first = v if v_first is None else v_first
             else:  # the residual stream keeps its order between the layers
-                back = order.argsort(1)
                 x, _, s = block(reorder(x, order), reorder(v_first, order) if v_first is not None else None, s, lengths)
                 x = reorder(x, back)
             new.append(s)
@@ -1907,38 +1489,35 @@ class ModRWKV(nn.Module):
         Returns: logits (B, T, V), of no meaning beyond a sample's length, and each sample's own state.
         """
         x, _, lengths, orders = (self.emb(idx), None, None, [None]) if torch.is_tensor(idx) else self.fuse(idx)
-        x, state = self.hidden(x, state, lengths, orders)
+        x, state = self.backbone(x, state, lengths, orders)
         return self.head(x), state
 
     def loss(self, samples, count=None, reduction="token", l2wrap=0.0):
         """Cross-entropy of the answers' tokens; only they go through the head. Of a forecast, half Huber's and half the absolute
         error of the normalised points, a vector counting as a token.
 
-        Args: reduction: "token", the sum divided by `count` (by default the number of these tokens), or "sample", the sum
-        of each sample's mean divided by `count` (by default the number of samples that have any), as VisualRWKV v6 has it;
-        l2wrap: weight of half the square of each largest logit, which keeps logits from drifting (L2Wrap, [4], explicit).
+        Args: samples: as of fuse; reduction: "token", the sum divided by `count` (by default the number of these
+        tokens), or "sample", the sum of each sample's mean divided by `count` (by default the number of samples that
+        have any), as VisualRWKV v6 has it; l2wrap: weight of half the square of each largest logit, which keeps logits
+        from drifting (L2Wrap, [4], explicit).
         """
-        x, labels, _, orders = self.fuse(samples)
-        x, _ = self.hidden(x, orders=orders)
-        text = labels != -100
-        logits, learned = self.head(x[text]).float(), text
-        losses = F.cross_entropy(logits, labels[text], reduction="none") + l2wrap / 2 * logits.max(-1).values ** 2
-        series = [i for i, sample in enumerate(samples) if sample[0][0] == "forecast"]
-        if series:
-            targets = torch.stack([samples[i][0][1][1] for i in series]).to(x.device)
-            n, there = targets.shape[1], ~targets.isnan()
-            points, targets = self.forecast_head(x[series, :n]).float(), targets.nan_to_num()
-            errors = (
-                F.smooth_l1_loss(points, targets, reduction="none") + F.l1_loss(points, targets, reduction="none")
-            ) / 2
-            there, errors = there.any(2), (errors * there).sum(2) / there.sum(2).clamp(min=1)
-            losses, learned = torch.cat([losses, errors[there]]), text.clone()
-            learned[series, :n] = there
+        batch = self.collate(samples).to(self.emb.weight.device)
+        x, labels, _, orders = self.fuse(batch)
+        x = self.backbone(x, orders=orders)[0].flatten(0, 1)  # (B T, C)
+        logits = self.head(take(x, batch.answers)).float()  # (m, V)
+        losses = F.cross_entropy(logits, labels.take(batch.answers), reduction="none")
+        if l2wrap:
+            losses = losses + l2wrap / 2 * logits.max(-1).values ** 2
+        if len(batch.forecasts):
+            points = self.forecast_head(take(x, batch.forecasts)).float()  # (f, horizon)
+            known, targets = ~batch.targets.isnan(), batch.targets.nan_to_num()
+            huber = F.smooth_l1_loss(points, targets, reduction="none")
+            errors = (huber + F.l1_loss(points, targets, reduction="none")) / 2
+            losses = torch.cat([losses, (errors * known).sum(1) / known.sum(1)])
         if reduction == "sample":
-            each = learned.sum(1, keepdim=True).expand_as(labels)
-            losses = losses / (torch.cat([each[text], each[series, :n][there]]) if series else each[text])
-        units = learned.sum() if reduction == "token" else learned.any(1).sum()
-        return losses.sum() / (count or units.clamp(min=1))
+            losses = losses / batch.n_targets
+        units = len(batch.n_targets) if reduction == "token" else batch.n_samples
+        return losses.sum() / (count or max(1, units))
 
     # -- forecast and generate --
 
@@ -1960,55 +1539,39 @@ class ModRWKV(nn.Module):
             deviations = [scale or x[x.isfinite()].std(correction=0) for x in series]
             points, means, deviations = zip(*(normalise(x, scale=d) for x, d in zip(recent, deviations)))
             x, *_ = self.fuse([[("series", p)] for p in points])
-            y = self.forecast_head(self.hidden(x)[0][:, -1]).cpu().double()
+            y = self.forecast_head(self.backbone(x)[0][:, -1]).cpu().double()
             means, deviations = torch.tensor([means, deviations], dtype=torch.float64)[..., None]
             ahead.append(y * deviations + means)
             series = [torch.cat([x, y]) for x, y in zip(series, ahead[-1])]
         return torch.cat(ahead, 1)[:, : horizon or self.config.horizon]
 
     @torch.inference_mode()
-    def generate(self, samples, state=None, max_new_tokens=256, temperature=0.0, top_k=0, top_p=1.0, seed=0, end=""):
-        """Continues a batch of samples (lists of segments), each until `end` (by default the template's; None: no text
-        ends it), the tokenizer's end token, or max_new_tokens.
+    def generate(self, samples, state=None, max_new_tokens=256, temperature=0.0, top_k=0, top_p=1.0, seed=0, end=(0,)):
+        """Continues a batch of samples (lists of segments), each until a token of `end` or max_new_tokens.
 
         temperature 0 is greedy. Each sample has its own random numbers, so no answer depends on its neighbours.
-        Yields: at each step the list of new pieces of text, "" for those at rest; a piece never splits a character.
-        Returns (as StopIteration.value): for a batch of one, the state after the answer and its end, from which a chat goes on.
+        Yields: at each step the list of new tokens, None for samples at rest; send() may answer with a list of which are done.
+        Returns (as StopIteration.value): for a batch of one, the state after its last token, or before it if that is one of `end`.
         """
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens={max_new_tokens} leaves no room for an answer")
-        tokenizer = get_tokenizer(self.config.tokenizer)
-        end = TEMPLATES[self.config.template].end if end == "" else end or ""
         device, B = self.emb.weight.device, len(samples)
         rngs = [torch.Generator(device).manual_seed(seed) for _ in samples]
-        decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in samples]
         x, _, lengths, orders = self.fuse(samples)
-        x, state = self.hidden(x, state, lengths, orders)
+        x, state = self.backbone(x, state, lengths, orders)
         x = x[torch.arange(B, device=device), lengths - 1]
-        held, done = [""] * B, [False] * B  # text held back: it may be the start of the template's end
+        done = [False] * B
         for step in range(max_new_tokens):
             tokens = torch.stack([pick(z, temperature, top_k, top_p, g) for z, g in zip(self.head(x).float(), rngs)])
-            pieces = [""] * B
-            for i, token in enumerate(tokens.tolist()):
-                if done[i]:
-                    continue
-                last = token == tokenizer.end or step == max_new_tokens - 1
-                held[i] += decoders[i].decode(tokenizer.decode([token]), last)
-                cut = held[i].find(end) if end else -1
-                done[i] = last or cut >= 0
-                keep = (
-                    next((n for n in range(len(end) - 1, 0, -1) if held[i].endswith(end[:n])), 0) if not done[i] else 0
-                )
-                stop = cut if cut >= 0 else len(held[i]) - keep
-                pieces[i], held[i] = held[i][:stop], held[i][stop:]
-            yield pieces
-            if all(done):
+            new = [None if rests else token for rests, token in zip(done, tokens.tolist())]
+            stopped = (yield new) or [False] * B
+            done = [token is None or token in end or stops for token, stops in zip(new, stopped)]
+            if all(done) or step == max_new_tokens - 1:
                 break
-            x, state = self.hidden(self.emb(tokens)[:, None], state)
+            x, state = self.backbone(self.emb(tokens)[:, None], state)
             x = x[:, 0]
         if B == 1:
-            ids = [t for t in tokens.tolist() if t != tokenizer.end] + ([] if cut >= 0 else tokenizer.encode(end))
-            return self.hidden(self.emb(torch.tensor([ids], device=device)), state)[1] if ids else state
+            return state if new[0] in end else self.backbone(self.emb(tokens)[:, None], state)[1]
 
 
 def pick(logits, temperature, top_k, top_p, generator):
@@ -2070,84 +1633,6 @@ def freeze(model, phase, names=""):
 # ----------------------------------------------------------------------------------------------
 # 9. Checkpoints
 
-# The tables of released files: their names, our names, * the same in both, - left out; the first row that fits counts.
-FLA = """
-model.embeddings.weight                    emb.weight
-model.norm.*                               ln_out.*
-lm_head.weight                             head.weight
-model.layers.*.pre_norm.*                  blocks.*.ln0.*
-model.layers.*.attn_norm.*                 blocks.*.ln1.*
-model.layers.*.ffn_norm.*                  blocks.*.ln2.*
-model.layers.*.attn.r_proj.*               blocks.*.att.receptance.*
-model.layers.*.attn.k_proj.*               blocks.*.att.key.*
-model.layers.*.attn.v_proj.*               blocks.*.att.value.*
-model.layers.*.attn.o_proj.*               blocks.*.att.output.*
-model.layers.*.attn.g_norm.*               blocks.*.att.ln_x.*
-model.layers.*.attn.*_lora.lora.2.bias     blocks.*.att.*0
-model.layers.*.attn.*_lora.lora.0.weight   blocks.*.att.*1  transposed
-model.layers.*.attn.*_lora.lora.2.weight   blocks.*.att.*2  transposed
-model.layers.*.attn.*                      blocks.*.att.*
-model.layers.*.ffn.*                       blocks.*.ffn.*
-"""
-WORLD = """
-modality.world_encoder.adapter.proj.*      adapter.image.mlp.*
-modality.world_encoder.adapter.*           adapter.image.*
-modality.world_encoder.model.*             -
-"""
-AUGUST = """
-proj.*                                     adapter.image.*
-encoder.model.*                            -
-llm.*                                      *
-"""
-EXPORT = """
-model.proj.*                               adapter.image.*
-model.encoder.*                            -
-""" + FLA.replace("model.", "model.llm.")
-VISUAL = """
-vit.*                                      -
-proj.*                                     adapter.image.*
-rwkv.*                                     *
-"""
-VISUAL6 = "proj.weight adapter.image.o_proj.weight" + VISUAL
-PREFIX, TAGGED = dict(template="v1", prompt_style="before"), dict(template="v3", prompt_style="tagged")
-LAYOUTS = [  # of released files: how a name in them begins (the first that is found counts), the table, and what the model was trained with
-    (
-        "modality.world_encoder.adapter.conv.bias",
-        WORLD.replace("image", "audio"),
-        dict(audio_encoder="wavlm", **PREFIX),
-    ),  # WorldRWKV
-    ("modality.", WORLD, dict(image_encoder="siglip", **PREFIX)),
-    ("llm.", AUGUST, dict(image_encoder="siglip", **TAGGED)),
-    ("model.llm.", EXPORT, dict(image_encoder="siglip", **TAGGED)),
-    ("model.", FLA, {}),  # flash-linear-attention
-    (
-        "proj.gate.",
-        VISUAL,
-        dict(image_encoder="dinov2+siglip+sam", adapter_kind="gated", prompt_style="first"),
-    ),  # VisualRWKV 7.00
-    (
-        "rwkv.",
-        VISUAL6,
-        dict(image_encoder="clip", cls="last", adapter_kind="linear", prompt_style="sandwich", scan="bi"),
-    ),  # VisualRWKV 6.0
-    ("blocks.", "", {}),  # BlinkDL
-]
-WIDE = {
-    "image": "clip",
-    "audio": "microsoft/wavlm-large",
-}  # of WorldRWKV's encoders, those whose vectors have 1024 channels
-
-
-def rename(name, table, back=False):
-    """(our name, whether the matrix is transposed) of a name by the first row of a table that fits, or the name itself; `back`: from ours to theirs."""
-    for row in filter(None, table.splitlines()):
-        old, new, *transposed = row.split()
-        old, new = (new, old) if back else (old, new)
-        if match := re.fullmatch(re.escape(old).replace(r"\*", "(.+)"), name):
-            stars = iter(match.groups())
-            return re.sub(r"\*", lambda _: next(stars), new), bool(transposed)
-    return name, False
-
 
 def write(path, contents):
     """Writes tensors and plain values to path, as torch does or (*.safetensors) as safetensors: all of it, or nothing and what was there stays."""
@@ -2195,100 +1680,25 @@ def read_safetensors(path):
 
 
 def read_file(path):
-    """What a .pt, .pth or .safetensors file holds, or a folder: of train.py's ckpt.pt, or of model.safetensors, whole or in parts by its index."""
-    index = os.path.join(path, "model.safetensors.index.json")
-    if os.path.isdir(path) and not os.path.exists(index):
-        found = [file for name in ("ckpt.pt", "model.safetensors") if os.path.exists(file := os.path.join(path, name))]
-        if not found:
-            raise InputError(f"{path} holds neither the ckpt.pt of train.py nor model.safetensors")
-        path = found[0]
+    """What a .pt or .pth file holds, or the ckpt.pt of a folder."""
+    path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
     try:
-        if os.path.isdir(path):
-            with open(index, encoding="utf-8") as f:
-                place = json.load(f)["weight_map"]
-            parts = {
-                file: read_safetensors(os.path.join(path, os.path.basename(file)))
-                for file in sorted(set(place.values()))
-            }
-            for name, file in place.items():
-                if name not in parts[file]:
-                    raise InputError(f"{index} does not fit: {name} is missing in {file}")
-            return {name: x for part in parts.values() for name, x in part.items()}
-        return (
-            read_safetensors(path)
-            if path.endswith(".safetensors")
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except InputError:
-        raise
+        return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as e:
         raise InputError(f"cannot read the checkpoint {path}: {e.strerror or e}") from e
-    except Exception as e:  # json's, pickle's, zipfile's and torch's own: whatever it is, these bytes are no checkpoint
+    except Exception as e:  # pickle's, zipfile's and torch's own: whatever it is, these bytes are no checkpoint
         raise InputError(f"{path} is not a checkpoint that can be read safely, or it is cut short") from e
 
 
-def read_checkpoint(path):
-    """The contents of a checkpoint of ours, or of a released one as if it were ours, with "theirs", which gives back (a name as it has
-    it, whether transposed); raises InputError."""
-    path = str(path)
-    data = read_file(path)
+def own_checkpoint(data, path):
+    """The contents of a checkpoint of ours, or of BlinkDL's, whose names are the same, as if it were ours; None if it is neither."""
     if not isinstance(data, dict):
         raise InputError(f"{path} holds no model")
     if isinstance(data.get("model"), dict) and isinstance(data.get("config"), dict):
         return data
-    begins = lambda start: any(isinstance(name, str) and name.startswith(start) for name in data)
-    layout = next((layout for layout in LAYOUTS if begins(layout[0])), None)
-    if not layout:
-        raise InputError(
-            f"{path} is from elsewhere: neither a checkpoint of train.py nor a released RWKV, ModRWKV or VisualRWKV"
-        )
-    start, table, config = layout
-    weights, names, left_out = {}, {}, []
-    for name, x in data.items():
-        new, transposed = rename(str(name), table)
-        if new == "-":
-            left_out.append(name)
-            continue
-        if new in weights:
-            raise InputError(f"{path} does not fit: {names[new][0]} is there twice, the other time as {name}")
-        names[new] = name, transposed
-        weights[new] = x.t() if transposed and torch.is_tensor(x) and x.dim() == 2 else x
-    config = {"tokenizer": "rwkv_vocab_v20230424.txt", "image_encoder": "none"} | config
-    size = lambda name, i: (
-        weights[name].shape[i] if torch.is_tensor(weights.get(name)) and weights[name].dim() > i else 0
-    )
-    for kind, first in (("image", "mlp.0"), ("audio", "conv")):
-        if scale := size(f"adapter.{kind}.mlp.2.weight", 1) // max(1, size("emb.weight", 1)):
-            config["adapter_scale"] = scale
-        if size(f"adapter.{kind}.{first}.weight", 1) == 1024:
-            config[f"{kind}_encoder"] = WIDE[kind]
-    if start == "modality." and config.get("adapter_scale", 0) >= 4:  # from July 2025 on, when the template had changed
-        config["template"] = "v2"
-    if config["image_encoder"] != "none":
-        kernel = size("adapter.image.conv.weight", 2)
-        config |= {"conv_kernel": kernel} | ({"conv_stride": kernel - 1} if kernel > 1 else {})
-        config |= (
-            {"encoder_width": size("adapter.image.gate.weight", 1)} if config.get("adapter_kind") == "gated" else {}
-        )
-    if left_out:
-        print(
-            f"{path}: {len(left_out)} tensors of its encoder ({left_out[0]} ...) are left out: an encoder is read from its own folder",
-            file=sys.stderr,
-        )
-    eps, N = 1e-5, size("blocks.0.att.r_k", 1)
-    about = os.path.join(path if os.path.isdir(path) else os.path.dirname(path), "config.json")
-    if start.startswith("model.") and os.path.exists(about):
-        with open(about, encoding="utf-8", errors="replace") as f:
-            eps = float((re.findall(r'"norm_eps":\s*(\d+(?:\.\d+)?(?:e-\d+)?)', f.read()) or [eps])[0])
-    if start.startswith("model.") and N and not math.isclose(N * eps, 64e-5):
-        raise InputError(
-            f"{path} does not fit: its heads of {N} channels have a norm with epsilon {N * eps:.2g}, not 64e-5 as BlinkDL's"
-        )
-    return {
-        "model": weights,
-        "config": config,
-        "theirs": lambda name: names.get(name) or rename(name, table, back=True),
-    }
+    if not any(isinstance(name, str) and name.startswith("blocks.") for name in data):
+        return None
+    return {"model": data, "config": {"tokenizer": "rwkv_vocab_v20230424.txt", "image_encoder": "none"}}
 
 
 def build(data, path, **changes):
@@ -2351,93 +1761,68 @@ def fit(model, weights, path, new=(), theirs=lambda name: (name, False)):
 
 
 def load(path, device="cpu", **changes):
-    """A model ready to answer, from a checkpoint of train.py (or its folder) or a released one, recognised by the names in it: BlinkDL's .pth
-    of RWKV-5.2, 6 or 7, flash-linear-attention's or WorldRWKV's .safetensors (or their folder), .pth of WorldRWKV and VisualRWKV 6.0 and 7.00.
-    Untrusted files are safe.
+    """A model ready to answer, from a checkpoint of train.py (or its folder) or BlinkDL's .pth of RWKV-5.2, 6 or 7; data/released.py
+    reads others. Untrusted files are safe.
 
-    changes: settings of Config to override, e.g. tokenizer="rwkv_vocab_v20230424.txt" for an official .pth, template="v2",
-    image_encoder="folder", or image_encoder="none" for the language model alone.
+    changes: settings of Config to override, e.g. image_encoder="none" for the language model alone.
     Raises InputError if the file cannot be read or does not fit, naming what is missing or too much.
     """
-    return build(read_checkpoint(path), path, **changes).to(device).eval()
-
-
-def convert(source, target):
-    """Writes the checkpoint `source` as `target`: *.pt in our layout, *.pth in BlinkDL's, *.safetensors or a folder (with config.json) in
-    flash-linear-attention's; no number changes, nor its dtype. The last three take a language model alone."""
-    kind = os.path.splitext(target)[1]
-    file = target if kind in (".pt", ".pth", ".safetensors") else os.path.join(target, "model.safetensors")
-    if os.path.exists(file):
-        raise InputError(f"{file} exists: choose another name")
-    data = read_checkpoint(source)
-    model = build(data, source, **{f"{kind}_encoder": "none" for kind in MEDIA})
-    weights, config = (
-        {name: data["model"][name].reshape(x.shape) for name, x in model.state_dict().items()},
-        model.config,
-    )
-    signals = {
-        name: x for name, x in data["model"].items() if name.startswith(("encoder.", "adapter.", "forecast_head."))
-    }
-    if kind == ".pt":
-        names = {name: value for name, value in data["config"].items() if name.endswith("_encoder")}
-        return write(file, {"model": weights | signals, "config": dataclasses.asdict(config) | names})
-    if signals:
-        print(
-            f"{source}: its encoders and adapters are left out: {target} takes a language model alone", file=sys.stderr
-        )
-    if kind == ".pth":
-        return write(file, weights)
-    if config.rwkv != 7 or config.head_size != 64:
+    data = own_checkpoint(read_file(path), path)
+    if not data:
         raise InputError(
-            f"{source}: flash-linear-attention's layout takes RWKV-7 with heads of 64 channels, not RWKV-{config.rwkv} with {config.head_size}"
+            f"{path} is neither a checkpoint of train.py nor BlinkDL's; data.released.load reads other released models"
         )
-    theirs = {}
-    for name, x in weights.items():
-        name, transposed = rename(name, FLA, back=True)
-        theirs[name] = x.t() if transposed else x if ".attn.x_" in name or x.dim() < 3 else x.flatten()
-    if file != target:
-        ranks = {
-            name: next((x.shape[1] for n, x in weights.items() if n.endswith(f"att.{name}1")), 32) for name in "wavg"
-        }
-        ranks = {
-            f"{long}_low_rank_dim": ranks[name]
-            for long, name in (("decay", "w"), ("a", "a"), ("v", "v"), ("gate", "g"))
-        }
-        V, C, hidden = *weights["emb.weight"].shape, len(weights["blocks.0.ffn.key.weight"])
-        sizes = dict(
-            vocab_size=V,
-            hidden_size=C,
-            intermediate_size=hidden,
-            hidden_ratio=hidden / C,
-            num_hidden_layers=config.n_layer,
+    return build(data, path, **changes).to(device).eval()
+
+
+# ----------------------------------------------------------------------------------------------
+# 10. python modrwkv.py
+
+
+def check(device):
+    """Prints how far each way to compute the recurrence is from wkv7_loop in float64, and how fast each is: medians of interleaved runs."""
+    ways = {"wkv7_loop": wkv7_loop, "wkv7_chunked": wkv7_chunked}
+    if has_kernel(device.type):
+        ways["kernel.cu"] = wkv7
+    B, T, H, N = 4, 512, 4, 64
+    r, w, k, v, a, b, dy = torch.randn(7, B, T, H, N, device=device)
+    kk = F.normalize(a, dim=-1)
+    inputs = [x.detach().requires_grad_() for x in (r, -0.6 * torch.sigmoid(w), 0.3 * k, v, -kk, kk * torch.sigmoid(b))]
+    exact, dy64 = [x.detach().to("cpu", torch.float64).requires_grad_() for x in inputs], dy.to("cpu", torch.float64)
+    y64, _ = wkv7_loop(*exact)
+    gradients64 = torch.autograd.grad(y64, exact, dy64)
+
+    def now():
+        if device.type != "cpu":
+            getattr(torch, device.type).synchronize()
+        return 1000 * time.perf_counter()
+
+    def deviation(x, true):
+        return ((x.cpu().double() - true).abs().max() / true.abs().max()).item()
+
+    times, deviations = {way: ([], []) for way in ways}, {}
+    for run, (way, recurrence) in itertools.product(range(12), ways.items()):
+        start = now()
+        y, _ = recurrence(*inputs)
+        middle = now()
+        gradients = torch.autograd.grad(y, inputs, dy)
+        end = now()
+        if run > 1:  # the first ones warm up
+            times[way][0].append(middle - start)
+            times[way][1].append(end - start)
+        deviations[way] = deviation(y, y64), max(map(deviation, gradients, gradients64))
+    print(f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device))
+    print(
+        f"{B} x {T} steps x {H} heads of {N}, float32; largest deviation from wkv7_loop in float64, relative to the largest value"
+    )
+    print(f"{'':14}{'deviation':>11}{'of gradients':>14}{'forward':>13}{'with backward':>17}{'speed':>10}")
+    for way, (forward, both) in times.items():
+        ms = statistics.median(both)
+        print(
+            f"{way:14}{deviations[way][0]:11.1e}{deviations[way][1]:14.1e}{statistics.median(forward):10.1f} ms{ms:14.1f} ms"
+            f"{statistics.median(times['wkv7_loop'][1]) / ms:8.1f} x"
         )
-        sizes |= dict(
-            head_dim=64,
-            num_heads=C // 64,
-            value_dim=[C] * config.n_layer,
-            norm_eps=1e-5,
-            norm_bias=True,
-            tie_word_embeddings=False,
-        )
-        about = dict(
-            model_type="rwkv7",
-            architectures=["RWKV7ForCausalLM"],
-            torch_dtype=str(weights["emb.weight"].dtype)[6:],
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-        os.makedirs(target, exist_ok=True)
-        with open(os.path.join(target, "config.json"), "w") as f:
-            json.dump(about | sizes | ranks, f, indent=2)
-    write(file, theirs)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 4 or sys.argv[1] != "convert":
-        sys.exit(
-            "usage: python modrwkv.py convert IN OUT: OUT is *.pt (ours), *.pth (BlinkDL's), *.safetensors or a folder (flash-linear-attention's)"
-        )
-    try:
-        convert(*sys.argv[2:])
-    except (InputError, OSError) as e:
-        sys.exit(f"error: {e}")
+    check(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -13,30 +13,19 @@ import dataclasses
 import difflib
 import json
 import os
-import random
 import re
 import sys
-import unicodedata
-from collections import Counter
 from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
-from modrwkv import (
-    MARK,
-    MEDIA,
-    InputError,
-    get_tokenizer,
-    load,
-    normalise,
-    read_records,
-    read_series,
-    read_table,
-    record_media,
-    record_turns,
-    setting,
-)
+from data.media import read_series
+from data.records import question, read_records, record_media, record_turns, segments
+from data.released import load
+from data.scores import benchmark, report, score
+from data.text import MARK, generate_text, get_tokenizer
+from modrwkv import MEDIA, InputError, check_settings, setting
 
 
 @dataclass
@@ -80,15 +69,15 @@ def find_device(name):
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
+        return torch.zeros(1, device=name).device  # "cuda" becomes "cuda:0"
     except (RuntimeError, AssertionError) as e:  # torch built without CUDA asserts
         raise InputError(f"--device={name} cannot be used here: {str(e).splitlines()[0]}") from e
-    return torch.device(name)
 
 
-def flags(about, *classes, argv=None):
+def flags(about, *classes, argv=None, presets=None):
     """Command-line flags for the fields of dataclasses, made with `setting`.
 
+    presets: a function from the value of --data to the flags that hold where they are not given.
     Returns: an instance of each class, and the set of the names that were given.
     """
 
@@ -101,31 +90,38 @@ def flags(about, *classes, argv=None):
             raise ValueError
         return text.lower() in ("true", "1", "yes")
 
-    parser = Parser(
-        usage="python %(prog)s [--name=value ...]",
-        description=about,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    style = argparse.RawDescriptionHelpFormatter
+    usage = "python %(prog)s [--name=value ...]"
+    parser = Parser(usage=usage, description=about, allow_abbrev=False, add_help=False, formatter_class=style)
+    parser.add_argument("-h", "--help", action="store_true", help=argparse.SUPPRESS)
+    metavars, actions, values = {int: "INT", float: "FLOAT", bool: "BOOL", str: "TEXT"}, {}, {}
     for cls in classes:
         group = parser.add_argument_group(cls.__doc__)
-        for field in dataclasses.fields(cls):
-            kind = boolean if field.type is bool else field.type
-            bare = {"nargs": "?", "const": True} if field.type is bool else {}
-            text = f"{field.metadata['help']} [{field.default}]".replace("%", "%%")
-            name = {int: "INT", float: "FLOAT", bool: "BOOL", str: "TEXT"}[field.type]
-            group.add_argument(f"--{field.name}", type=kind, default=argparse.SUPPRESS, metavar=name, help=text, **bare)
+        for f in dataclasses.fields(cls):
+            kind = {"type": boolean, "nargs": "?", "const": True} if f.type is bool else {"type": f.type}
+            actions[f.name] = group.add_argument(
+                f"--{f.name}", default=argparse.SUPPRESS, metavar=metavars[f.type], help=f.metadata["help"], **kind
+            )
+            values[f.name] = f.default
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         name = unknown[0].split("=")[0]
-        near = difflib.get_close_matches(
-            name.lstrip("-"), [f.name for cls in classes for f in dataclasses.fields(cls)], 1
-        )
+        near = difflib.get_close_matches(name.lstrip("-"), values, 1)
         parser.error(f"there is no {name}" + (f": did you mean --{near[0]}?" if near else ""))
     given = vars(given)
-    return *(
-        cls(**{f.name: given[f.name] for f in dataclasses.fields(cls) if f.name in given}) for cls in classes
-    ), set(given)
+    wants_help = given.pop("help")
+    if presets:
+        values |= vars(parser.parse_args(presets(given.get("data", values["data"])).split()))
+    values |= given
+    if wants_help:  # each flag with the value that a run will have
+        for name, action in actions.items():
+            action.help = f"{action.help} [{values[name]}]".replace("%", "%%")
+        parser.print_help()
+        sys.exit()
+    settings = [cls(**{f.name: values[f.name] for f in dataclasses.fields(cls)}) for cls in classes]
+    for each in settings:
+        check_settings(each)
+    return *settings, set(given)
 
 
 def ask(model, records, batch_size=64, **how):
@@ -143,79 +139,9 @@ def ask(model, records, batch_size=64, **how):
         leave=False,
         disable=len(samples) <= batch_size or not sys.stderr.isatty(),
     ):
-        batch = [model.segments(turns, media, at=at) for turns, media, at in samples[i : i + batch_size]]
-        answers += ["".join(pieces).strip() for pieces in zip(*model.generate(batch, **how))]
+        batch = [segments(model, turns, media, at=at) for turns, media, at in samples[i : i + batch_size]]
+        answers += ["".join(pieces).strip() for pieces in zip(*generate_text(model, batch, **how))]
     return answers
-
-
-def score(records, answers):
-    """
-    Of the answers of `ask`, over all and by the records' "task": n, exact (the share equal to the true answer),
-    chars (the share of characters right, place by place, out of the longer of the two), and majority (what always
-    giving the commonest true answer would score). Of what was heard also wer and cer, the errors per word and per character of
-    the truth, and their parts.
-    """
-    tasks, answers, heard = {}, iter(answers), set()
-    for record in records:
-        heard |= {record.get("task", "all")} if record.get("audio") else set()
-        for _, truth in record_turns(record):
-            tasks.setdefault(record.get("task", "all"), []).append((next(answers), truth.strip()))
-
-    def summary(pairs):
-        return {
-            "n": len(pairs),
-            "exact": sum(a == t for a, t in pairs) / max(1, len(pairs)),
-            "chars": sum(x == y for a, t in pairs for x, y in zip(a, t))
-            / max(1, sum(max(len(a), len(t)) for a, t in pairs)),
-            "majority": max(Counter(t for _, t in pairs).values(), default=0) / max(1, len(pairs)),
-        }
-
-    of_task = {task: summary(pairs) | (errors(pairs) if task in heard else {}) for task, pairs in sorted(tasks.items())}
-    return summary([p for pairs in tasks.values() for p in pairs]) | {"tasks": of_task}
-
-
-def errors(pairs):
-    """Word and character error rates of (answer, truth) by jiwer, over all together; case and .,;:!"() do not count, spaces not as characters."""
-    try:
-        import jiwer
-    except ImportError as e:
-        raise InputError('word error rates are jiwer\'s: pip install -e ".[eval]"') from e
-    plain = lambda text: " ".join(re.sub(r'[.,;:!"()]', " ", unicodedata.normalize("NFKC", text).lower()).split())
-    pairs = [(plain(answer), plain(truth)) for answer, truth in pairs if plain(truth)]
-    if not pairs:
-        return {}
-    hypotheses, references = map(list, zip(*pairs))
-    words = jiwer.process_words(references, hypotheses)
-    characters = jiwer.process_characters(
-        *([text.replace(" ", "") for text in texts] for texts in (references, hypotheses))
-    )
-    parts = {name: getattr(words, name) for name in ("substitutions", "deletions", "insertions")}
-    return {"wer": words.wer, "cer": characters.cer, **parts}
-
-
-def report(records, answers, examples=6):
-    """Prints the scores as a table, and a few answers beside the truth."""
-    if not answers:
-        return
-    result = score(records, answers)
-    print(f"{'held-out answers':20}{'n':>6}{'exact':>10}{'characters':>13}{'majority guess':>17}")
-    for name, row in result["tasks"].items():
-        print(
-            f"{name:20}{row['n']:6}{100 * row['exact']:8.1f} %{100 * row['chars']:11.1f} %{100 * row['majority']:15.1f} %"
-        )
-        if "wer" in row:
-            parts = ", ".join(f"{row[part]} {part}" for part in ("substitutions", "deletions", "insertions"))
-            print(
-                f"  {100 * row['cer']:.1f} % of the characters wrong (CER), {100 * row['wer']:.1f} % of the words (WER: {parts})"
-            )
-    rows = [(r, q, t) for r in records for q, t in record_turns(r)]
-    step = max(1, len(rows) // examples)
-    for (record, question, truth), answer in list(zip(rows, answers))[::step][:examples]:
-        paths = " ".join(os.path.relpath(path) for _, path in record_media(record) if isinstance(path, str))
-        question = " ".join(MARK.sub("", question).split())
-        print(
-            f"  {'ok ' if answer == truth.strip() else 'NO '} {paths}  {question}  {answer!r}, truth {truth.strip()!r}"
-        )
 
 
 def forecast(model, paths, horizon, plot):
@@ -248,84 +174,9 @@ def forecast(model, paths, horizon, plot):
         plt.tight_layout(), plt.savefig(plot, dpi=120), plt.close()
 
 
-def ridge(lookback, horizon, path, strength=3000.0, windows=20000):
-    """Weights (lookback + 1, horizon) of the linear forecast fitted to windows of the series in `path`, each normalised by its own lookback."""
-    rng, xs, ys = random.Random(0), [], []
-    series = [read_series(record["target"]) for record in read_records(path)]
-    series = [x for x in series if len(x) >= lookback + horizon]
-    for i in range(windows if series else 0):
-        x = series[i % len(series)]
-        start = rng.randint(0, len(x) - lookback - horizon)
-        points = normalise(x[start : start + lookback + horizon], lookback, x[: start + lookback].std(correction=0))[0][
-            0
-        ]
-        xs.append(points[:lookback]), ys.append(points[lookback:])
-    if not xs:
-        return None
-    x = torch.cat([torch.stack(xs), torch.ones(len(xs), 1)], 1).double()
-    return torch.linalg.solve(x.T @ x + strength * torch.eye(lookback + 1), x.T @ torch.stack(ys).double())
-
-
-def benchmark(model, path, batch_size):
-    """
-    Long-term forecasting as the field scores it: every window (stride 1) of every column of the test split, z-scored by the
-    training split, lookback -> horizon. ETT files: 12, 4 and 4 months; others: 70, 10 and 20 %.
-
-    Returns: {"windows", "mse", "mae", and the same of each naive forecast by name}.
-    """
-    if "series" not in model.encoder:
-        raise InputError(f"{path}: this model has no series encoder; train one with --data=series")
-    names, table = read_table(path)
-    n, horizon, rows = model.config.lookback, model.config.horizon, len(table)
-    if (ett := re.match(r"ett([hm])\d", os.path.basename(path).lower())) and rows >= (
-        most := 20 * 30 * 24 * (4 if ett[1] == "m" else 1)
-    ):
-        learned, table = most * 12 // 20, table[:most]
-        test = most * 16 // 20
-    else:
-        learned, test = int(0.7 * rows), rows - int(0.2 * rows)
-    if test < n or len(table) - test < horizon:
-        raise InputError(f"{path}: {rows} rows are too few for a lookback of {n} and a horizon of {horizon}")
-    if not table.isfinite().all():
-        raise InputError(
-            f"{path}: values are missing in column {names[(~table.isfinite()).any(0).nonzero()[0, 0]]}; fill them first"
-        )
-    deviation = table[:learned].std(0, correction=0)
-    table = (table - table[:learned].mean(0)) / torch.where(deviation < 1e-9, 1, deviation)
-    mix = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "series", "train.jsonl")
-    weights = ridge(n, horizon, mix) if os.path.exists(mix) else None
-    naive = {
-        "repeat the last point": lambda x: x[:, -1:].expand(-1, horizon),
-        "mean of the lookback": lambda x: x.mean(1, keepdim=True).expand(-1, horizon),
-    }
-    if n >= 24:
-        naive["repeat the last 24"] = lambda x: x[:, n - 24 + torch.arange(horizon) % 24]
-    if weights is not None:
-
-        def linear(x):
-            mean, deviation = x.mean(1, keepdim=True), (x.var(1, keepdim=True, correction=0) + 0.01).sqrt()
-            x = ((x - mean) / deviation).clamp(-10, 10)
-            return torch.cat([x, torch.ones(len(x), 1)], 1) @ weights * deviation + mean
-
-        naive["ridge, fitted to data/series"] = linear
-    ways = {"model": lambda x: model.forecast(x, scale=1.0)} | naive
-    windows = [batch for column in table.T for batch in column[test - n :].unfold(0, n + horizon, 1).split(batch_size)]
-    many = sum(map(len, windows))
-    errors = {way: torch.zeros(2, dtype=torch.float64) for way in ways}
-    for batch in tqdm(windows, unit="batch", leave=False, disable=not sys.stderr.isatty()):
-        for way, predict in ways.items():
-            error = predict(batch[:, :n]) - batch[:, n:]
-            errors[way] += torch.stack([(error**2).sum(), error.abs().sum()])
-    scores = {way: dict(zip(("mse", "mae"), (e / many / horizon).tolist())) for way, e in errors.items()}
-    print(f"{many:,} windows of {', '.join(names)}: {n} -> {horizon} points")
-    for way, row in scores.items():
-        print(f"  {way:30} MSE {row['mse']:.4f}   MAE {row['mae']:.4f}")
-    return {"windows": many, **scores.pop("model"), **scores}
-
-
 def stream(model, sample, state, how):
     """Prints an answer as it comes; returns the state after it."""
-    pieces, begun = model.generate([sample], state, **how), "end" in how
+    pieces, begun = generate_text(model, [sample], state, **how), "end" in how
     while True:
         try:
             piece = next(pieces)[0]
@@ -381,7 +232,7 @@ def main(argv=None):
             raise InputError(
                 'nothing to do: give --prompt="..." (with or without --image), --audio, --series, --chat, --raw or --eval=FILE'
             )
-        stream(model, model.question(s.prompt, media), None, how)
+        stream(model, question(model, s.prompt, media), None, how)
         return
     state, prompt = None, s.prompt
     print("Ask; an empty line ends the chat. To show a picture, write its path in <> anywhere in the question: <x.png>")
@@ -403,7 +254,7 @@ def main(argv=None):
         media += [(kinds(path), path) for path in re.findall(r"<([^<>]+\.\w+)>", prompt)]
         prompt = re.sub(r"<([^<>]+\.\w+)>", lambda path: f"<{kinds(path[1])}>", prompt)
         try:
-            state = stream(model, model.question(prompt, media, state is None), state, how)
+            state = stream(model, question(model, prompt, media, state is None), state, how)
         except InputError as e:
             print(f"error: {e}", file=sys.stderr)
         media, prompt = [], ""

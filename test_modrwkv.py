@@ -2,7 +2,6 @@
 then the scripts as a user runs them."""
 
 import contextlib
-import copy
 import ctypes
 import dataclasses
 import functools
@@ -13,7 +12,6 @@ import json
 import math
 import os
 import pickle
-import platform
 import random
 import re
 import resource
@@ -43,12 +41,35 @@ import torch.utils.checkpoint
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import modrwkv
 import sample
 import train
+from data import ablate
+from data import records as data_records
+from data import scores as data_scores
+from data.media import (
+    LOADERS,
+    cache_features,
+    fingerprint,
+    load_media,
+    load_vision,
+    read_features,
+    read_series,
+    read_sound,
+    read_table,
+)
+from data.records import (
+    held_out_samples,
+    read_records,
+    record_media,
+    record_sample,
+    record_turns,
+)
+from data.released import convert, load, read_checkpoint
+from data.text import PROMPT_STYLES, SHORT_ANSWER, TEMPLATES, conversation, generate_text, get_tokenizer
 from modrwkv import (
-    TEMPLATES,
     Adapter,
     Config,
     InputError,
@@ -58,11 +79,6 @@ from modrwkv import (
     SpeechAdapter,
     Timer,
     WaveNet,
-    conversation,
-    get_tokenizer,
-    load,
-    read_records,
-    read_sound,
     save,
 )
 
@@ -124,6 +140,19 @@ codes = lambda string: [
 text = lambda string: ("text", codes(string))
 pixels = lambda seed, *shape: np.random.RandomState(seed).randint(0, 256, shape, np.uint8)
 picture = lambda seed, patches=3: ("image", torch.from_numpy(pixels(seed, 3, 32, 8 * patches)))
+
+
+def features(encoder, media):
+    """What an encoder makes of a batch, as one tensor (length, width) for each."""
+    return encoder(*encoder.collate(media)).split([encoder.length(x) for x in media])
+
+
+def adapted(adapter, xs):
+    """What an adapter makes of a batch of features (length, width), as one tensor (windows, n_embd) for each."""
+    lengths = [len(x) for x in xs]
+    return adapter(torch.cat(xs), *adapter.collate(lengths)).split([adapter.length(n) for n in lengths])
+
+
 sound = lambda seed, frames=30: (
     "audio",
     torch.from_numpy(np.random.RandomState(seed).randn(80, frames).astype(np.float32)),
@@ -153,6 +182,11 @@ def refusal(function, *args, **more):
         function(*args, **more)
     assert "\n" not in str(e.value)
     return str(e.value)
+
+
+def n_targets(model, samples):
+    """How many tokens and vectors of samples are learned from."""
+    return len(model.collate(samples).n_targets)
 
 
 def jsonl(path, *records):
@@ -293,7 +327,7 @@ def test_templates(template, want):
         ("v3", "<A>\x16Assistant:[yes\x17]"),
     ],
 )
-@pytest.mark.parametrize("style", modrwkv.PROMPT_STYLES)
+@pytest.mark.parametrize("style", PROMPT_STYLES)
 def test_what_is_to_be_written_down_has_no_question(template, want, style):
     config = dataclasses.replace(SMALL, template=template, prompt_style=style)
     assert spell(conversation(config, [("<audio>\n", "yes")], iter([("audio", "A")]))) == want
@@ -329,7 +363,7 @@ def test_records_as_llava_writes_them(tmp_path, model):
     (tmp_path / "sub").mkdir()
     files = ["sub/x.png", "sub/y.png"]
     x, y = (
-        model.encoder["image"].load(stored(drawing(at=(10 + 20 * i, 8)), tmp_path / file))
+        load_media(model.encoder["image"], stored(drawing(at=(10 + 20 * i, 8)), tmp_path / file))
         for i, file in enumerate(files)
     )
     records = [
@@ -340,27 +374,28 @@ def test_records_as_llava_writes_them(tmp_path, model):
     (tmp_path / "x.json").write_text(json.dumps(records))
     for path in (tmp_path / "x.json", jsonl(tmp_path / "x.jsonl", *records)):
         one, two, none, text, more = read_records(path)
-        assert (
-            modrwkv.record_media(one) == [("image", str(tmp_path / "sub/x.png"))] and modrwkv.record_media(none) == []
-        )
-        assert spell(model.sample(one)) == "User: <image>\nWhat?\n\nAssistant:[ A thing.\n\n]"
+        assert record_media(one) == [("image", str(tmp_path / "sub/x.png"))] and record_media(none) == []
+        assert spell(record_sample(model, one)) == "User: <image>\nWhat?\n\nAssistant:[ A thing.\n\n]"
         for _epoch in range(2):
-            pictures = [data for kind, data in model.sample(two) if kind == "image"]
+            pictures = [data for kind, data in record_sample(model, two) if kind == "image"]
             assert len(pictures) == 2 and torch.equal(pictures[0], x) and torch.equal(pictures[1], y)
-        assert model.sample(text) == [("answer", [98, 99, 257, 100, 0])]  # all of it learned, id 0 ends it
-        assert model.sample(more) == [("answer", [101, 0])]
+        assert record_sample(model, text) == [("answer", [98, 99, 257, 100, 0])]  # all of it learned, id 0 ends it
+        assert record_sample(model, more) == [("answer", [101, 0])]
 
 
 def test_question_puts_pictures_first(tmp_path, model):
     path = stored(drawing(), tmp_path / "x.png")
-    segments = model.question("What?", [("image", path)])
+    segments = data_records.question(model, "What?", [("image", path)])
     assert spell(segments) == "User: <image>\nWhat?\n\nAssistant:" and torch.equal(
-        segments[1][1], model.encoder["image"].load(path)
+        segments[1][1], load_media(model.encoder["image"], path)
     )
-    assert spell(model.question("What <image>?", [("image", path)] * 2)) == "User: <image>\nWhat <image>?\n\nAssistant:"
-    assert "<image>" in refusal(model.question, "<image>", [])
+    assert (
+        spell(data_records.question(model, "What <image>?", [("image", path)] * 2))
+        == "User: <image>\nWhat <image>?\n\nAssistant:"
+    )
+    assert "<image>" in refusal(data_records.question, model, "<image>", [])
     blind = ModRWKV(dataclasses.replace(SMALL, image_encoder="none"))
-    assert "image encoder" in refusal(blind.question, "What?", [("image", path)])
+    assert "image encoder" in refusal(data_records.question, blind, "What?", [("image", path)])
     assert "image encoder" in refusal(blind, [segments])
 
 
@@ -1162,11 +1197,11 @@ def drawing(size=(60, 40), at=(10, 8), mode="RGB"):
 def test_every_kind_of_picture_is_read_as_its_rgb(tmp_path, mode, trim):
     encoder = PatchEncoder(Config(image_trim=trim))
     image = drawing(mode="L" if mode == "I;16" else mode)
-    want = encoder.load(image.convert("RGB"))
+    want = load_media(encoder, image.convert("RGB"))
     if mode == "I;16":
         image = Image.fromarray(np.array(image).astype(np.uint16) * 257)  # 257 * x is x in 16 bits
     how = {"format": "JPEG", "quality": 95, "subsampling": 0} if mode == "CMYK" else {"format": "PNG"}
-    got = encoder.load(stored(image, tmp_path / "x", **how))
+    got = load_media(encoder, stored(image, tmp_path / "x", **how))
     assert image.mode == mode and got.dtype == torch.uint8 and got.shape == want.shape
     assert (got.int() - want.int()).abs().float().mean() <= (4 if mode == "CMYK" else 0)  # what JPEG loses
     assert got.float().std() > 20  # the figure is there
@@ -1175,12 +1210,12 @@ def test_every_kind_of_picture_is_read_as_its_rgb(tmp_path, mode, trim):
 def test_what_is_transparent_lies_on_white(tmp_path):
     rgba = pixels(0, 32, 64, 4)
     alpha = rgba[..., 3:] / 255
-    got = WHOLE.load(stored(Image.fromarray(rgba, "RGBA"), tmp_path / "x.png")).permute(1, 2, 0).numpy()
+    got = load_media(WHOLE, stored(Image.fromarray(rgba, "RGBA"), tmp_path / "x.png")).permute(1, 2, 0).numpy()
     assert abs(got - (rgba[..., :3] * alpha + 255 * (1 - alpha))).max() <= 1  # PIL rounds its own way
     palette = Image.new("P", (32, 32), 0)
     palette.putpalette([0, 0, 0, 250, 0, 0])
     palette.paste(1, (8, 8, 24, 24))
-    got = WHOLE.load(stored(palette, tmp_path / "p.png", transparency=0))
+    got = load_media(WHOLE, stored(palette, tmp_path / "p.png", transparency=0))
     assert got[:, 0, 0].tolist() == [255, 255, 255] and got[:, 16, 16].tolist() == [250, 0, 0]
 
 
@@ -1189,27 +1224,27 @@ def test_what_is_transparent_lies_on_white(tmp_path):
 @pytest.mark.parametrize("size", [(1, 1), (5000, 3), (3, 5000), (700, 1), (1, 700), (513, 32), (32, 32), (33, 31)])
 def test_every_size_becomes_patches(size, patch_width, trim):
     encoder = PatchEncoder(Config(encoder_width=64, patch_width=patch_width, image_trim=trim))
-    x = encoder.load(noise(*size))
+    x = load_media(encoder, noise(*size))
     assert x.shape[:2] == (3, 32) and x.shape[2] % patch_width == 0
     assert 1 <= x.shape[2] / patch_width == encoder.length(x) <= 16 * 32 / patch_width + 1
-    y = encoder([x])[0]
+    y = features(encoder, [x])[0]
     assert y.shape == (encoder.length(x), 64) and y.isfinite().all()
 
 
 def test_a_picture_is_scaled_and_its_margins_are_taken_away():
     scaled = np.array(noise(75, 50).resize((48, 32), Image.BILINEAR))
-    assert torch.equal(WHOLE.load(noise(75, 50)), torch.from_numpy(scaled).permute(2, 0, 1))
+    assert torch.equal(load_media(WHOLE, noise(75, 50)), torch.from_numpy(scaled).permute(2, 0, 1))
     trimming = PatchEncoder(Config(image_trim=True))
     first, *others = [
-        trimming.load(drawing(size, at))
+        load_media(trimming, drawing(size, at))
         for size, at in [((60, 40), (10, 8)), ((300, 200), (140, 2)), ((21, 25), (1, 1))]
     ]
     assert all(torch.equal(first, other) for other in others)
     assert first.shape == (3, 32, 28)  # 20 x 24, scaled to 26.7 x 32, in patches of 4
     black = Image.eval(drawing((80, 80), (30, 30)), lambda x: 255 - x)  # the paper may be dark
-    assert (trimming.load(black).int() + first.int() - 255).abs().max() <= 1
-    assert not torch.equal(WHOLE.load(drawing(at=(1, 1))), WHOLE.load(drawing()))
-    white = trimming.load(Image.new("RGB", (50, 25), "white"))  # nothing to trim it to
+    assert (load_media(trimming, black).int() + first.int() - 255).abs().max() <= 1
+    assert not torch.equal(load_media(WHOLE, drawing(at=(1, 1))), load_media(WHOLE, drawing()))
+    white = load_media(trimming, Image.new("RGB", (50, 25), "white"))  # nothing to trim it to
     assert white.shape == (3, 32, 64) and (white == 255).all()
 
 
@@ -1219,7 +1254,7 @@ def test_patches_are_cut_row_by_row():
     encoder = randomise(PatchEncoder(Config(encoder_width=8, image_height=24, patch_height=12, patch_width=8))).double()
     images = [torch.from_numpy(pixels(width, 3, 24, width)) for width in (24, 8, 16)]
     gelu = lambda x: x * (1 + torch.erf(x / 2**0.5)) / 2
-    for image, got in zip(images, encoder(images)):
+    for image, got in zip(images, features(encoder, images)):
         x = (1 - image.double() / 255)[None]
         for conv in (encoder.conv1, encoder.conv2):  # 4 pixels become 1
             x = gelu(F.conv2d(x, conv.weight, conv.bias, stride=2, padding=1))
@@ -1258,10 +1293,10 @@ COUNTS = {
 def test_adapter_is_conv_mlp_and_norm(kernel, stride):
     adapter = randomise(Adapter(12, 16, 2, kernel, stride)).double()
     signals = [torch.randn(n, 12, generator=torch.Generator().manual_seed(n)).double() for n in [23, *range(1, 16), 40]]
-    for x, y in zip(signals, adapter(signals)):
+    for x, y in zip(signals, adapted(adapter, signals)):
         assert len(y) == adapter.length(len(x)) >= 1
         assert distance(y, plain_adapter(adapter, x)) < 1e-12
-        assert distance(adapter([x])[0], y) < 1e-12  # alone as in the batch
+        assert distance(adapted(adapter, [x])[0], y) < 1e-12  # alone as in the batch
     lengths = tuple(map(adapter.length, (577, 576, 720)))
     assert COUNTS.get((kernel, stride), lengths) == lengths
 
@@ -1273,9 +1308,9 @@ def test_each_vector_of_a_series_is_given_its_place_from_the_end(kind):
     assert adapter.place.shape == (9, 16) and 1.5 < adapter.place.std() < 2.5
     adapter = randomise(adapter).double()
     signals = [torch.randn(n, 12, generator=torch.Generator().manual_seed(n)).double() for n in (20, 1, 9, 60)]
-    placed, place = adapter(signals), adapter.place.clone()
+    placed, place = adapted(adapter, signals), adapter.place.clone()
     adapter.place.zero_()
-    for x, y, z in zip(signals, placed, adapter(signals)):
+    for x, y, z in zip(signals, placed, adapted(adapter, signals)):
         n = len(y)
         for i in range(n):
             assert distance(y[i] - z[i], place[max(0, 9 - n + i)]) < 1e-12
@@ -1293,15 +1328,15 @@ def test_frames_are_those_of_whisper(n):
     theirs = WhisperFeatureExtractor()(x.numpy(), sampling_rate=16000, padding="do_not_pad", truncation=False)[
         "input_features"
     ][0]
-    ours = MelEncoder(Config()).load(x)
+    ours = load_media(MelEncoder(Config()), x)
     assert ours.shape == theirs.shape and np.abs(ours.numpy() - theirs).max() < 1e-6
 
 
 def test_no_sample_is_lost_and_the_shortest_sound_has_a_frame():
     encoder, x = MelEncoder(Config()), torch.zeros(1700)
     x[1650] = 1  # behind the last whole hop
-    assert encoder.load(x).shape == (80, 11) and encoder.load(x).std() > 0.1
-    assert encoder.load(x[:1]).shape[1] == 3 and encoder.load(x[:1]).isfinite().all()
+    assert load_media(encoder, x).shape == (80, 11) and load_media(encoder, x).std() > 0.1
+    assert load_media(encoder, x[:1]).shape[1] == 3 and load_media(encoder, x[:1]).isfinite().all()
 
 
 @pytest.mark.parametrize("rate", [8000, 11025, 16000, 44100, 48000])
@@ -1344,7 +1379,7 @@ def test_sounds_that_cannot_be_read(tmp_path):
         ("empty.wav", "no sound"),
         ("", "not a sound"),
     ):
-        message = refusal(MelEncoder(Config()).load, tmp_path / name)
+        message = refusal(load_media, MelEncoder(Config()), tmp_path / name)
         assert str(tmp_path / name) in message and word in message
     soundfile.write(tmp_path / "s.wav", np.ones(500) / 2, 16000)
     data = bytearray((tmp_path / "s.wav").read_bytes())
@@ -1359,11 +1394,10 @@ def test_a_sound_in_a_batch_is_the_sound_alone_through_the_convolutions():
     sounds = [sound(n, n)[1] for n in (1, 2, 7, 90, 16)]
     gelu = lambda x: x * (1 + torch.erf(x / 2**0.5)) / 2
     z = dict(encoder.named_parameters())
-    for x, got in zip(sounds, encoder(sounds)):
+    for x, got in zip(sounds, features(encoder, sounds)):
         want = torch.maximum(x, x.max() - 1)
-        want = gelu(
-            F.conv1d((want - want.mean(1, keepdim=True)).double()[None], z["conv1.weight"], z["conv1.bias"], padding=1)
-        )
+        want = (want - want.double().mean(1, keepdim=True).float()).double()
+        want = gelu(F.conv1d(want[None], z["conv1.weight"], z["conv1.bias"], padding=1))
         want = gelu(F.conv1d(want, z["conv2.weight"], z["conv2.bias"], stride=2, padding=1))[0]
         for i, d in enumerate((1, 2, 4, 8)):
             padded = F.pad(want, (2 * d, 2 * d))
@@ -1374,11 +1408,13 @@ def test_a_sound_in_a_batch_is_the_sound_alone_through_the_convolutions():
             want = want + gelu(z[f"deep.{i}.1.weight"][:, :, 0] @ y + z[f"deep.{i}.1.bias"][:, None])
         assert want.shape[1] == encoder.length(x) and distance(got, want.T) < 1e-12
     flat = [x / x.abs().max() / 4 for x in sounds]  # nothing 40 dB below the loudest
-    for got, again in zip(encoder(flat), encoder([x + torch.arange(80)[:, None] / 200 for x in flat])):
+    for got, again in zip(
+        features(encoder, flat), features(encoder, [x + torch.arange(80)[:, None] / 200 for x in flat])
+    ):
         assert distance(again, got) < 1e-4  # a microphone that is louder in some bins is not heard
     x = sounds[3] - sounds[3].max()
     assert (
-        distance(*encoder([x, torch.where(x < -1.1, x - 1, x)])) == 0 and (x < -1.1).any()
+        distance(*features(encoder, [x, torch.where(x < -1.1, x - 1, x)])) == 0 and (x < -1.1).any()
     )  # nor what is far fainter than the loudest
 
 
@@ -1387,7 +1423,7 @@ def test_speech_adapter_halves_and_has_no_norm():
     adapter = randomise(SpeechAdapter(12, 16, 2)).double()
     z = {name: p.numpy() for name, p in adapter.named_parameters()}
     signals = [torch.randn(n, 12, generator=torch.Generator().manual_seed(n)).double() for n in [23, *range(1, 9), 40]]
-    for x, y in zip(signals, adapter(signals)):
+    for x, y in zip(signals, adapted(adapter, signals)):
         padded = np.pad(x.numpy(), ((2, 2), (0, 0)))
         x = (
             np.stack(
@@ -1404,18 +1440,18 @@ def test_speech_adapter_halves_and_has_no_norm():
 def test_wavenet_is_causal_and_a_series_in_a_batch_is_the_series_alone():
     encoder = randomise(WaveNet(Config(encoder_width=8))).double()
     batch = [series(n, n)[1].double() for n in (1, 2, 16, 17, 60)]
-    for x, got in zip(batch, encoder(batch)):
-        assert got.shape == (encoder.length(x), 8) and distance(got, encoder([x])[0]) < 1e-12
-    x, full = batch[-1], encoder(batch)[-1]
+    for x, got in zip(batch, features(encoder, batch)):
+        assert got.shape == (encoder.length(x), 8) and distance(got, features(encoder, [x])[0]) < 1e-12
+    x, full = batch[-1], features(encoder, batch)[-1]
     for t in range(60):
         other = x.clone()
         other[0, t] += 1
-        changed = (encoder([other])[0] - full).abs().amax(1) > 1e-12
+        changed = (features(encoder, [other])[0] - full).abs().amax(1) > 1e-12
         assert not changed[:t].any() and changed[t]  # no vector knows what comes after it
         assert not changed[t + 17 :].any()  # 1 + 1 + 2 + 4 + 8 points, and the one before them, are all that it sees
     z = {name: p.numpy() for name, p in encoder.named_parameters()}
     at = lambda name, x, j=0: z[f"{name}.weight"][:, :, j] @ x
-    for x, got in zip(batch, encoder(batch)):
+    for x, got in zip(batch, features(encoder, batch)):
         x = x.numpy()
         x = np.vstack([x, 5 * np.diff(x[0], prepend=x[0, 0])])
         h, skips = at("start", x) + z["start.bias"][:, None], 0
@@ -1465,11 +1501,11 @@ def test_timer_is_the_formula():
         (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5) * z[f"{at}.weight"] + z[f"{at}.bias"]
     )
     batch = [series(n, n)[1].double() for n in (1, 4, 7, 8, 23)]
-    for points, got in zip(batch, encoder(batch)):
+    for points, got in zip(batch, features(encoder, batch)):
         n = len(points[0])
         assert (
-            len(got) == encoder.length(points) == max(1, n // 4) == len(encoder.ends(n))
-            and encoder.ends(n)[-1] == n - 1
+            len(got) == encoder.length(points) == max(1, n // 4) == len(encoder.window_ends(n))
+            and encoder.window_ends(n)[-1] == n - 1
         )
         x = points[0].numpy()[n % 4 :] if n >= 4 else np.pad(points[0].numpy(), (4 - n, 0))  # the newest points count
         x = x.reshape(-1, 4) @ z["model.embed_layer.emb.weight"].T
@@ -1558,11 +1594,11 @@ def test_normalise_is_undone_by_what_it_returns(n, known, gaps, level, size, see
 def test_tables_and_columns(tmp_path):
     path = tmp_path / "x.csv"
     path.write_text("date,load,price\n2020-01-01,1,2.5\n\n2020-01-02,,-3e2\n")
-    names, table = modrwkv.read_table(path)
+    names, table = read_table(path)
     assert names == ["load", "price"] and np.array_equal(table, [[1, 2.5], [np.nan, -300]], equal_nan=True)
-    assert modrwkv.read_series(path).tolist() == [2.5, -300] and np.isnan(modrwkv.read_series(f"{path}#load")[1])
-    assert modrwkv.read_series([1, None, 3]).isnan().tolist() == [False, True, False]
-    assert "no column x; its columns are date, load, price" in refusal(modrwkv.read_series, f"{path}#x")
+    assert read_series(path).tolist() == [2.5, -300] and np.isnan(read_series(f"{path}#load")[1])
+    assert read_series([1, None, 3]).isnan().tolist() == [False, True, False]
+    assert "no column x; its columns are date, load, price" in refusal(read_series, f"{path}#x")
     for content, words in [
         ("", "no rows"),
         ("a,b\n", "no rows"),
@@ -1573,20 +1609,20 @@ def test_tables_and_columns(tmp_path):
         ("1,2\n3,4\n", "no header"),
     ]:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        message = refusal(modrwkv.read_table, path)
+        message = refusal(read_table, path)
         assert str(path) in message and words in message
-    assert "No such file" in refusal(modrwkv.read_series, tmp_path / "none.csv")
+    assert "No such file" in refusal(read_series, tmp_path / "none.csv")
     path.write_text(
         '\ufeffwhen;a;b;\nx;1;"1,5";\ny;NA;"2,5";\n', encoding="utf-8"
     )  # a program's semicolons, decimal commas, and one too many
-    assert modrwkv.read_series(f"{path}#a").isnan().tolist() == [False, True]
+    assert read_series(f"{path}#a").isnan().tolist() == [False, True]
     for column, words in (
         ("", "column 4 is empty; another is chosen by"),
         ("#b", "line 2: '1,5' in column b"),
         ("#when", "'x' in column when"),
     ):
-        assert words in refusal(modrwkv.read_series, f"{path}{column}")
-    assert "no numbers" in refusal(modrwkv.read_series, [None, math.nan])
+        assert words in refusal(read_series, f"{path}{column}")
+    assert "no numbers" in refusal(read_series, [None, math.nan])
 
 
 # ---------------------------------------------------------------------------------------------- the model, generation
@@ -1595,7 +1631,7 @@ def test_tables_and_columns(tmp_path):
 @torch.no_grad()
 def test_pictures_stand_where_they_were_put(model):
     A, B, t1, t2 = picture(1, 5), picture(2, 2), text("first "), text("second")
-    vectors = {id(s): model.adapter["image"](model.encoder["image"]([s[1]]))[0] for s in (A, B)}
+    vectors = {id(s): adapted(model.adapter["image"], features(model.encoder["image"], [s[1]]))[0] for s in (A, B)}
     vectors |= {id(s): model.emb.weight[torch.tensor(s[1])] for s in (t1, t2)}
     before, after = [text("ab"), B], [A, text("c")]
     batches = [
@@ -1646,10 +1682,8 @@ def test_a_window_learns_only_what_lies_ahead(model, n, gaps, seed):
             kind == "forecast" and points.shape == (2, 48) and targets.shape == (12, 12)
         )  # Conv1D (6, 4) leaves 12 vectors
         learned = (~targets.isnan()).any(1)
-        assert (
-            train.learned_tokens([(kind, (points, targets))]) == learned.sum()
-            and model.length([(kind, (points, targets))]) == 12
-        )
+        sample = [(kind, (points, targets))]
+        assert n_targets(model, [sample]) == learned.sum() and model.length(sample) == 12
         if draw is None:
             assert not learned[:-1].any() and learned[-1] == bool(x[-12:].isfinite().any() and n > 12)
         if gaps == 0 and n >= 60:  # value = (point - mean) / deviation with the same two for all: points are places
@@ -1672,7 +1706,7 @@ def test_what_is_ahead_changes_nothing_that_a_forecast_is_made_from(model):
         other = torch.cat([x[: n - 12], 100 * torch.randn(12)])
         [(_, (same, changed))] = model.window(other)
         assert torch.equal(points, same) and not torch.equal(targets[-1], changed[-1])
-        learned = model.hidden(model.fuse([[("series", points)]])[0])[0][:, -1]
+        learned = model.backbone(model.fuse([[("series", points)]])[0])[0][:, -1]
         ahead = model.forecast([x[: n - 12]])[0]
         _, mean, deviation = modrwkv.normalise(x[max(0, n - 60) : n - 12], scale=x[: n - 12].std(correction=0))
         assert (
@@ -1684,7 +1718,7 @@ def test_a_forecast_record_may_have_its_past_beside_it(model, tmp_path):
     (tmp_path / "x.csv").write_text("a\n1\n2\n")
     records = [{"series": "x.csv", "target": [3, 4]}, {"series": [1, 2], "target": [3, 4]}, {"target": [1, 2, 3, 4]}]
     for record in read_records(jsonl(tmp_path / "x.jsonl", *records)):
-        [(kind, points)] = model.sample(record)
+        [(kind, points)] = record_sample(model, record)
         assert kind == "forecast" and points.tolist() == [1, 2, 3, 4]
 
 
@@ -1694,19 +1728,19 @@ def test_the_loss_of_forecasts_and_answers_together(model):
     windows, words = [model.window(x, rng) for _ in range(3)], [text("what?"), ("answer", [20, 21, 22])]
     errors = []
     for [(_, (points, targets))] in windows:
-        ahead = model.forecast_head(model.hidden(model.fuse([[("series", points)]])[0])[0])[0].numpy()
+        ahead = model.forecast_head(model.backbone(model.fuse([[("series", points)]])[0])[0])[0].numpy()
         for predicted, target in zip(ahead, targets.double().numpy()):
             there = ~np.isnan(target)
             if there.any():
                 e = np.abs(predicted - target)[there]
                 errors.append((np.where(e < 1, e**2 / 2, e - 0.5) / 2 + e / 2).mean())
-    assert len(errors) == sum(map(train.learned_tokens, windows)) > 6
+    assert len(errors) == n_targets(model, windows) > 6
     assert model.loss(windows).item() == pytest.approx(np.mean(errors), rel=1e-6)
     answer = 3 * model.loss([words]).item()
     assert model.loss([words, *windows]).item() == pytest.approx(
         (answer + np.sum(errors)) / (3 + len(errors)), rel=1e-6
     )
-    first = errors[: train.learned_tokens(windows[0])]
+    first = errors[: n_targets(model, windows[:1])]
     want = (answer / 3 + np.mean(first)) / 2
     assert model.loss([windows[0], words], reduction="sample").item() == pytest.approx(want, rel=1e-6)
     assert model.loss([windows[0], words], count=5).item() == pytest.approx((np.sum(first) + answer) / 5, rel=1e-6)
@@ -1788,6 +1822,73 @@ def test_a_sample_in_a_batch_is_the_sample_alone(model, plans, seed):
         assert_state_equal(own(state2), both_state)
 
 
+@trials(8)
+@given(plans=st.lists(st.lists(SEGMENT, max_size=4), min_size=2, max_size=4), seed=SEEDS)
+@example(plans=[[("answer", 3), ("image", 20), ("answer", 9)], [("audio", 3), ("answer", 2), ("series", 9)]], seed=0)
+def test_gradients_of_a_batch_are_the_sum_of_its_samples_gradients(model, plans, seed):
+    """Against one sample at a time, where nothing is padded, and against the same batch made in another process."""
+    samples = [make_sample(plan, seed + i) for i, plan in enumerate(plans)]
+    samples.append(model.window(torch.arange(90).double().sin(), random.Random(seed)))
+    parameters = dict(model.named_parameters())
+
+    def gradients(loss):
+        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
+        return dict(zip(parameters, found))
+
+    batch = pickle.loads(pickle.dumps(model.collate(samples)))
+    together, again = gradients(model.loss(samples, count=1)), gradients(model.loss(batch, count=1))
+    alone = [gradients(model.loss([sample], count=1)) for sample in samples]
+    for name, g in together.items():
+        assert torch.equal(g, again[name])
+        assert distance(g, sum(own[name] for own in alone)) < 1e-6
+    assert len(batch.n_targets) == sum(n_targets(model, [sample]) for sample in samples)
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that compute: each is a kernel on a GPU. Views and what numpy does are not counted."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if not (operation.is_view or operation in (torch.ops.aten._unsafe_view.default, torch.ops.aten.detach.default)):
+            self.names[str(operation.overloadpacket)] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(not modrwkv.has_kernel("cpu"), reason="the recurrence without kernel.cu takes more, by length")
+def test_operations_do_not_grow_with_the_batch(digits, capsys):
+    """Of a training step on data/digits with default settings, and of mixed samples; none waits for a GPU to say how many."""
+
+    def count(model, samples):
+        with Operations() as fuse:
+            model.fuse(samples)
+        with Operations() as forward:
+            loss = model.loss(samples)
+        with Operations() as backward:
+            loss.backward()
+        model.zero_grad()
+        ask = {"aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.index", "aten.is_nonzero"}
+        assert not ask & set(fuse.names + forward.names + backward.names)
+        return [sum(operations.names.values()) for operations in (fuse, forward, backward)]
+
+    model = ModRWKV(Config())
+    samples = [model.sample(record) for record in read_records(digits / "train.jsonl")[:64]]
+    counts = count(model, samples)
+    with capsys.disabled():
+        print("\noperations at batch 64: {} in fuse, {} forward, {} backward".format(*counts))
+    assert len(samples) == 64 and counts == count(model, samples[:8])
+    assert counts[0] <= 30 and counts[1] <= 160 and counts[2] <= 320  # 482, 617 and 592 before there was a gather
+    model = ModRWKV(dataclasses.replace(SMALL, scan="multi", n_layer=4))
+    mixed = [
+        [picture(i, 1 + i % 5), sound(i, 9 + i), series(i, 5 + i), text("a" * i), ("answer", [20] * (1 + i))]
+        for i in range(16)
+    ]
+    mixed += [model.window(torch.arange(90).double().sin(), random.Random(i)) for i in range(4)]
+    assert count(model, mixed) == count(model, mixed[-7:])
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-5), (torch.bfloat16, 0.03)])
 def test_a_model_in_another_precision(dtype, tolerance):
@@ -1801,7 +1902,7 @@ def test_a_model_in_another_precision(dtype, tolerance):
 
 def answer(model, segments, state=None, **how):
     """(the pieces of one answer, the state after it)"""
-    pieces, generator = [], model.generate([segments], state, **how)
+    pieces, generator = [], generate_text(model, [segments], state, **how)
     while True:
         try:
             pieces += next(generator)
@@ -1875,7 +1976,7 @@ def test_an_answer_its_end_and_the_state_after_it(model, monkeypatch, tokens, ho
 
 def test_end_of_a_batch(model, monkeypatch):
     script(monkeypatch, [98, 99, 0, 99, 100, 11, 100, 11])  # by turns the first and the second answer
-    assert list(model.generate([[text("x")], [text("yy")]])) == [["a", "b"], ["", "b"], ["", ""], ["", ""]]
+    assert list(generate_text(model, [[text("x")], [text("yy")]])) == [["a", "b"], ["", "b"], ["", ""], ["", ""]]
     assert "max_new_tokens" in refusal(answer, model, [text("x")], max_new_tokens=0)
 
 
@@ -1922,7 +2023,7 @@ def test_scan_orders_of_a_grid():
     forward, backward, down, up = map(list, modrwkv.scan(span, range(12), 4))
     assert forward == list(span) and backward == forward[::-1] and up == down[::-1]
     assert np.array_equal(np.array(down).reshape(4, 3), np.arange(10, 22).reshape(3, 4).T)
-    ends = Adapter(8, 8, 1, 3, 2).ends(12)  # 1, 3, 5, ...: the second and last column of each row
+    ends = Adapter(8, 8, 1, 3, 2).window_ends(12)  # 1, 3, 5, ...: the second and last column of each row
     assert list(ends) == [1, 3, 5, 7, 9, 11]
     assert list(modrwkv.scan(range(6), ends, 4)[2]) == [0, 2, 4, 1, 3, 5]
     assert list(modrwkv.scan(range(4), range(4), 4)[2]) == [0, 1, 2, 3]  # one row: down is forward
@@ -1933,8 +2034,8 @@ def test_scan_orders_of_a_grid():
 def test_windows_end_where_the_adapter_says(kernel, stride, n):
     adapter = randomise(Adapter(4, 8, 8, kernel, stride)).double()
     x = torch.randn(n, 4, dtype=torch.double).requires_grad_()
-    [y] = adapter([x])
-    ends = adapter.ends(n)
+    [y] = adapted(adapter, [x])
+    ends = adapter.window_ends(n)
     assert len(ends) == len(y) == adapter.length(n)
     for vector, end in zip(y, ends):
         [g] = torch.autograd.grad(vector.sum(), x, retain_graph=True)
@@ -2107,61 +2208,6 @@ def test_blocks_that_run_twice_learn_the_same(rwkv, scan):
     assert sizes[1] < sizes[0] / 4
 
 
-RESIDENT = """
-import re, sys
-import torch, train
-from modrwkv import Config, ModRWKV, parameter_groups
-torch.set_num_threads(1)
-sizes, again = eval(sys.argv[1]), sys.argv[2] == "True"
-text = lambda n, T: [[("answer", torch.randint(1, 257, (T,)).tolist())] for _ in range(n)]
-ModRWKV(Config(n_layer=1, n_embd=64, image_encoder="none")).loss(text(2, 20)).backward()  # what is loaded once
-def resident(what):  # VmRSS: now; VmHWM: at most, where getrusage would begin with what the parent had
-    with open("/proc/self/status") as f:
-        return 1024 * int(re.search(what + r":\\s*(\\d+) kB", f.read())[1])
-before = resident("VmRSS")
-model, samples = ModRWKV(Config(image_encoder="none", **sizes)), text(8, 256)
-model.checkpoint_activations = again
-optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), fused=True)
-for _ in range(2):
-    model.loss(samples).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-print(resident("VmHWM") - before, train.step_memory(model, samples, False))
-"""
-
-
-@pytest.mark.skipif(
-    platform.libc_ver()[0] != "glibc", reason="what the process has is what it uses where malloc gives back at once"
-)
-@pytest.mark.parametrize("again", [False, True])
-@pytest.mark.parametrize(
-    "sizes", [dict(n_layer=6, n_embd=256), dict(n_layer=2, n_embd=768), dict(n_layer=4, n_embd=256, rwkv=6)], ids=str
-)
-def test_memory_is_what_the_process_takes(sizes, again):
-    """Within an eighth of what the kernel of the system counts, in a process of its own."""
-    env = ENV | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", RESIDENT, str(sizes), str(again)], cwd=REPO, env=env, text=True, capture_output=True
-    )
-    taken, told = map(int, done.stdout.split())
-    assert told == pytest.approx(taken, rel=1 / 8) and taken > 1e8, done.stderr
-
-
-def test_memory_counts_weights_gradients_and_moments(model):
-    """What micro-batches add, and shards and frozen parameters take away."""
-    model, told = (
-        copy.deepcopy(model).float(),
-        lambda *how: train.step_memory(model, [[("answer", codes("ab"))]], False, *how),
-    )
-    size = 4 * sum(p.numel() for p in model.parameters())
-    whole, shared = told(1, True), told(2)
-    assert whole - shared == pytest.approx(2 * size, rel=1e-4)  # half of four
-    assert size * 3.5 < told() <= whole
-    for p in model.parameters():
-        p.requires_grad = False
-    assert whole - told(1, True) == pytest.approx(3 * size, rel=0.05)
-
-
 def test_loss_reductions_and_l2wrap(model):
     samples = [[text("ab"), ("answer", codes("cdef"))], [text("a"), ("answer", codes("b"))], [text("only")]]
     with torch.no_grad():
@@ -2217,7 +2263,7 @@ def test_saved_and_loaded_is_the_same(checkpoint):
     assert again.config == model.config and not again.training
     segments = [text("hi"), ("image", torch.zeros(3, 32, 40, dtype=torch.uint8)), text("?")]
     assert torch.equal(again([segments])[0], model([segments])[0])
-    assert modrwkv.read_checkpoint(path)["step"] == 7
+    assert read_checkpoint(path)["step"] == 7
     assert os.listdir(path.parent) == [path.name]
     assert load(path, template="v3").config == dataclasses.replace(model.config, template="v3")
     for n in (10, len(path.read_bytes()) // 2):
@@ -2491,21 +2537,30 @@ class Pretrained(torch.nn.Module):
     def __init__(self, config):
         super().__init__()
 
-    def load(self, path):
-        return torch.from_numpy(np.resize(np.asarray(Image.open(path), np.float32), (6, WIDTH)))
-
     def length(self, data):
         return len(data)
 
     def columns(self, data):
         return 3
 
-    def forward(self, batch):
-        return batch
+    def collate(self, batch):
+        return [torch.cat(batch)]
+
+    def forward(self, x):
+        return x
+
+
+class Whole(Pretrained):
+    cls = True
 
 
 @pytest.fixture
 def pretrained(monkeypatch):
+    def load_pixels(encoder, path):
+        return torch.from_numpy(np.resize(np.asarray(Image.open(path), np.float32), (6, WIDTH)))
+
+    for encoder in (Pretrained, Whole):
+        monkeypatch.setitem(LOADERS, encoder, load_pixels)
     for kind, name in (("image", "siglip"), ("image", "clip"), ("audio", "wavlm")):
         monkeypatch.setitem(modrwkv.ENCODERS[kind], name, Pretrained)
 
@@ -2537,7 +2592,7 @@ def test_released_layouts(layout, pretrained, official, official_before_7, tmp_p
     if formula:
         [kind] = ours.adapter
         signals = [torch.randn(n, WIDTH, generator=torch.Generator().manual_seed(n)) for n in (9, 4)]
-        for x, got in zip(signals, ours.adapter[kind](signals)):
+        for x, got in zip(signals, adapted(ours.adapter[kind], signals)):
             assert distance(got, formula(x)) < 1e-5
         blind = load(path, template="v2", **{f"{kind}_encoder": "none"})
         assert blind.config.template == "v2" and set(blind.state_dict()) == {
@@ -2563,7 +2618,7 @@ def test_released_files_that_do_not_fit(layout, pretrained, tmp_path, monkeypatc
 
     def message(**more):
         monkeypatch.setattr(
-            modrwkv, "read_file", lambda path: {name: x for name, x in (data | more).items() if x is not None}
+            "data.released.read_any_file", lambda path: {name: x for name, x in (data | more).items() if x is not None}
         )
         words = refusal(load, path)
         assert words.startswith(str(path))
@@ -2631,7 +2686,7 @@ def test_where_several_pictures_go_before_a_turn_and_in_tags():
 @torch.no_grad()
 def test_the_vector_of_the_whole_picture_is_not_scanned(cls, scan, monkeypatch):
     """Against blocks that are given the patches turned round, and the other vectors where they are."""
-    monkeypatch.setitem(modrwkv.ENCODERS["image"], "clip", type("Whole", (Pretrained,), {"cls": True}))
+    monkeypatch.setitem(modrwkv.ENCODERS["image"], "clip", Whole)
     config = dataclasses.replace(
         SMALL, image_encoder="clip", adapter_kind="linear", conv_kernel=0, n_layer=4, scan=scan, cls=cls
     )
@@ -2668,14 +2723,14 @@ def test_encoders_of_released_files_are_told_by_their_width(kind, encoder, tmp_p
     adapter = mlp(64, 2, 1024 if kind == "image" else 128, "proj", norm=kind == "image")
     adapter |= {"conv.weight": torch.ones(128, 1024, 3), "conv.bias": torch.ones(128)} if kind == "audio" else {}
     torch.save(official_weights(1, 64) | under("modality.world_encoder.adapter.", adapter), tmp_path / "x.pth")
-    assert modrwkv.read_checkpoint(tmp_path / "x.pth")["config"][f"{kind}_encoder"] == encoder
+    assert read_checkpoint(tmp_path / "x.pth")["config"][f"{kind}_encoder"] == encoder
 
 
 def test_towers_that_are_not_here(tmp_path):
     model = load(released("VisualRWKV 7.00", tmp_path / "x.pth")[0], tokenizer="bytes")
-    message = refusal(model.question, "What?", [("image", "x.png")])
+    message = refusal(data_records.question, model, "What?", [("image", "x.png")])
     assert all(word in message for word in ("x.png", "SAM", "DINOv2-L", "SigLIP"))
-    assert "User: What?" in spell(model.question("What?"))
+    assert "User: What?" in spell(data_records.question(model, "What?"))
 
 
 def hf_folder(folder, weights, shards=1, **config):
@@ -2734,7 +2789,7 @@ def test_flash_linear_attention_reads_what_is_converted_and_the_other_way_round(
     """Against `rwkv7-hf`, a model of its own under the same names."""
     rwkv7_hf = pytest.importorskip("rwkv7_hf")
     torch.save(official_weights(3, C_, ranks=(16, 24, 8, 40)), tmp_path / "x.pth")
-    modrwkv.convert(tmp_path / "x.pth", tmp_path / "fla")
+    convert(tmp_path / "x.pth", tmp_path / "fla")
     theirs = rwkv7_hf.RWKV7ForCausalLM.from_pretrained(tmp_path / "fla").eval()
     tokens = torch.randint(300, (2, 30), generator=torch.Generator().manual_seed(7))
     assert (load(tmp_path / "x.pth")(tokens)[0] - theirs(tokens).logits).abs()[
@@ -2757,7 +2812,7 @@ def test_conversions_change_no_bit(chain, n_layer, dtype, tmp_path):
     torch.save(weights, tmp_path / "in.pth")
     steps = ["in.pth", *chain.split()]
     for source, target in itertools.pairwise(steps):
-        modrwkv.convert(tmp_path / source, tmp_path / target)
+        convert(tmp_path / source, tmp_path / target)
     after = torch.load(tmp_path / "a.pth")
     assert set(after) == {
         name for name in weights if not re.match(r"blocks\.0\.att\.v[012]", name)
@@ -2767,7 +2822,7 @@ def test_conversions_change_no_bit(chain, n_layer, dtype, tmp_path):
         for name, x in after.items()
     )
     assert all(
-        f"{target} exists" in refusal(modrwkv.convert, tmp_path / "in.pth", tmp_path / target)
+        f"{target} exists" in refusal(convert, tmp_path / "in.pth", tmp_path / target)
         for target in steps
         if target != "fla"
     )
@@ -2775,9 +2830,46 @@ def test_conversions_change_no_bit(chain, n_layer, dtype, tmp_path):
 
 def test_convert_by_command(tmp_path):
     torch.save(official_weights(1, 64), tmp_path / "in.pth")
-    done = run([REPO / "modrwkv.py", "convert", "in.pth", "fla"], tmp_path)
+    done = run(["-m", "data.released", tmp_path / "in.pth", tmp_path / "fla"], REPO)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert sorted(os.listdir(tmp_path / "fla")) == ["config.json", "model.safetensors"]
+
+
+@torch.no_grad()
+def test_modrwkv_alone_loads_its_own_and_blinkdls_checkpoints(tmp_path):
+    """modrwkv.load, against data.released.load; it names that one for other layouts."""
+    save(tmp_path / "ckpt.pt", randomise(ModRWKV(SMALL)))
+    torch.save(weights_of(7, 2, 64), tmp_path / "x.pth")
+    for path in (tmp_path, tmp_path / "ckpt.pt", tmp_path / "x.pth"):
+        ours, other = modrwkv.load(path), load(path)
+        assert ours.config == other.config and not ours.training
+        assert all(torch.equal(x, other.state_dict()[name]) for name, x in ours.state_dict().items())
+    torch.save({"llm.emb.weight": torch.ones(2, 2)}, tmp_path / "other.pth")
+    assert "data.released" in refusal(modrwkv.load, tmp_path / "other.pth")
+    assert "cut short" in refusal(modrwkv.load, jsonl(tmp_path / "x.pt", {}))
+    assert "No such file" in refusal(modrwkv.load, tmp_path / "none")
+
+
+def test_generate_yields_tokens_and_stops_where_it_is_told(model, monkeypatch):
+    """Of tokens that the model gives: an end token, an answer of send(), and max_new_tokens each end a sample."""
+    script(monkeypatch, [5, 6, 0, 7, 8, 9])  # by turns of both samples
+    assert list(model.generate([[text("x")], [text("yy")]], max_new_tokens=3)) == [[5, 6], [0, 7], [None, 9]]
+    script(monkeypatch, [5, 6, 7, 8])
+    steps = model.generate([[text("x")], [text("yy")]])
+    assert next(steps) == [5, 6] and steps.send([True, False]) == [None, 8]
+    with pytest.raises(StopIteration):
+        steps.send([False, True])
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
+def test_vocabulary_sizes_are_the_tokenizers(tokenizer):
+    """ModRWKV's default, which needs no tokenizer, against the tokenizer itself."""
+    config = Config(n_layer=1, n_embd=64, tokenizer=tokenizer, image_encoder="none")
+    size = len(ModRWKV(config).emb.weight)
+    try:
+        assert size == get_tokenizer(tokenizer).vocab_size
+    except InputError:
+        assert (tokenizer, size) == ("gpt2", 50257)  # its vocabulary could not be fetched
 
 
 @pytest.mark.parametrize("rwkv", [5, 6])
@@ -2785,31 +2877,31 @@ def test_earlier_generations_convert_to_ours_and_back(rwkv, tmp_path):
     weights = {name: x.bfloat16() for name, x in weights_of(rwkv, 2, 64).items()}
     torch.save(weights, tmp_path / "in.pth")
     for source, target in itertools.pairwise(("in.pth", "a.pt", "b.pth")):
-        modrwkv.convert(tmp_path / source, tmp_path / target)
+        convert(tmp_path / source, tmp_path / target)
     after = torch.load(tmp_path / "b.pth")
     assert after.keys() == weights.keys() and all(torch.equal(x, weights[name]) for name, x in after.items())
-    assert f"RWKV-{rwkv}" in refusal(modrwkv.convert, tmp_path / "in.pth", tmp_path / "fla")
+    assert f"RWKV-{rwkv}" in refusal(convert, tmp_path / "in.pth", tmp_path / "fla")
 
 
 @pytest.mark.parametrize("layout", [layout for layout in RELEASED if RELEASED[layout][3]])
 def test_released_models_convert_to_ours(layout, pretrained, tmp_path, capsys):
     path, weights = released(layout, tmp_path / "x.pth")
-    modrwkv.convert(path, tmp_path / "ckpt.pt")
+    convert(path, tmp_path / "ckpt.pt")
     want, got = load(path), load(tmp_path)  # a folder of ours
     assert got.config == want.config
     assert all(torch.equal(x, got.state_dict()[name]) for name, x in want.state_dict().items()) and len(
         got.state_dict()
     ) == len(want.state_dict())
     capsys.readouterr()
-    modrwkv.convert(tmp_path / "ckpt.pt", tmp_path / "y.pth")
+    convert(tmp_path / "ckpt.pt", tmp_path / "y.pth")
     assert "left out" in capsys.readouterr().err
     assert all(torch.equal(x, weights[name]) for name, x in torch.load(tmp_path / "y.pth").items())
 
 
 def test_a_released_file_is_sampled_from_as_the_flags_say(tmp_path, monkeypatch):
     path, _ = released("WorldRWKV, pictures", tmp_path / "x.pth")
-    asked = Mock(side_effect=modrwkv.conversation)
-    monkeypatch.setattr(modrwkv, "conversation", asked)
+    asked = Mock(side_effect=conversation)
+    monkeypatch.setattr("data.records.conversation", asked)
     own = {"tokenizer": "bytes", "template": "v3", "prompt_style": "last", "image_encoder": "none"}
     said(
         sample.main,
@@ -3007,8 +3099,8 @@ def test_pretrained_eyes_see_what_the_library_sees(family, folders):
     processor = hf.AutoImageProcessor.from_pretrained(folder, backend="pil")
     pictures = [noise(*size) for size in SIZES] + [noise(50, 60).convert(mode) for mode in ("L", "P")]
     want = theirs(**processor([picture.convert("RGB") for picture in pictures], return_tensors="pt")).last_hidden_state
-    signals = [encoder.load(picture) for picture in pictures]
-    for x, got in zip(want, encoder.double()(signals), strict=True):
+    signals = [load_media(encoder, picture) for picture in pictures]
+    for x, got in zip(want, features(encoder.double(), signals), strict=True):
         assert got.shape == (16 + encoder.cls, 32) and distance(got, x) < 1e-5
     assert encoder.width == 32 and encoder.cls == (family in ("clip", "dinov2")) and encoder.columns(signals[0]) == 4
     assert {encoder.length(x) for x in signals} == {16 + encoder.cls}
@@ -3018,9 +3110,9 @@ def test_pretrained_eyes_see_what_the_library_sees(family, folders):
 def test_several_eyes_side_by_side(folders):
     parts = [modrwkv.read_pretrained("image", folders(family)) for family in ("dinov2", "siglip")]
     both = modrwkv.read_pretrained("image", f"{folders('dinov2')}+{folders('siglip')}")
-    got = both([both.load(noise(50, 40)), both.load(noise(30, 90))])
+    got = features(both, [load_media(both, noise(50, 40)), load_media(both, noise(30, 90))])
     for y, size in zip(got, ((50, 40), (30, 90))):
-        dino, siglip = (part([part.load(noise(*size))])[0] for part in parts)
+        dino, siglip = (features(part, [load_media(part, noise(*size))])[0] for part in parts)
         assert distance(y, torch.cat([dino[1:], siglip], 1)) < 1e-6
     assert (both.width, both.cls, both.length(None), both.columns(None)) == (64, False, 16, 4)
     message = refusal(modrwkv.read_pretrained, "image", f"{folders('dinov2, finer')}+{folders('siglip')}")
@@ -3061,12 +3153,14 @@ def test_pretrained_ears_hear_in_a_batch_what_the_library_hears_alone(family, fo
         torch.randn(n, generator=torch.Generator().manual_seed(n)) / 5 + 0.1
         for n in (400, 1000, 9000, 16000, 32000, 32161, 70000)
     ]
-    signals = [encoder.load(x) for x in sounds]
+    signals = [load_media(encoder, x) for x in sounds]
     alone = whisper_alone if family == "whisper" else wavlm_alone
-    for x, prepared, got in zip(sounds, signals, encoder(signals), strict=True):
+    for x, prepared, got in zip(sounds, signals, features(encoder, signals), strict=True):
         assert distance(got, alone(folders(family), x)) < 1e-5
         assert len(got) == encoder.length(prepared)
-    assert encoder([encoder.load(sounds[0][:9])])[0].isfinite().all()  # shorter than what the first vector sees
+    assert (
+        features(encoder, [load_media(encoder, sounds[0][:9])])[0].isfinite().all()
+    )  # shorter than what the first vector sees
 
 
 def test_pretrained_ears_count_as_published(folders):
@@ -3099,7 +3193,9 @@ def test_pretrained_encoders_stay_as_they_are(folders, tmp_path):
     model.double()
     assert next(inner.parameters()).dtype == torch.float64  # and so it is moved to another device
     noise(40, 50).save(tmp_path / "x.png")
-    model.loss([model.sample({"_at": "", "_folder": str(tmp_path), **talk("<image>?", "x", image="x.png")})]).backward()
+    model.loss(
+        [record_sample(model, {"_at": "", "_folder": str(tmp_path), **talk("<image>?", "x", image="x.png")})]
+    ).backward()
     assert model.adapter["image"].conv.weight.grad.abs().max() > 0 and all(p.grad is None for p in inner.parameters())
 
 
@@ -3153,7 +3249,7 @@ def test_preparations_as_older_folders_have_them(folders, tmp_path):
     want = hf.CLIPVisionModel.from_pretrained(folder)(
         **processor([noise(57, 40)], return_tensors="pt")
     ).last_hidden_state[0]
-    assert distance(encoder([encoder.load(noise(57, 40))])[0], want) < 1e-5
+    assert distance(features(encoder, [load_media(encoder, noise(57, 40))])[0], want) < 1e-5
 
 
 def test_the_code_of_a_folder_is_not_run(tmp_path, monkeypatch):
@@ -3183,8 +3279,8 @@ def test_a_model_finds_its_encoder_again(folders, tmp_path, monkeypatch):
     )
     learn(tmp_path / "plain", (data, data), *flags)
     loaded = []
-    monkeypatch.setattr(
-        modrwkv.Vision, "load", lambda self, path, load=modrwkv.Vision.load: loaded.append(path) or load(self, path)
+    monkeypatch.setitem(
+        LOADERS, modrwkv.Vision, lambda encoder, path: loaded.append(path) or load_vision(encoder, path)
     )
     for out in ("cold", "warm"):
         learn(tmp_path / out, (data, data), *flags, f"--feature_cache={tmp_path / 'cache'}")
@@ -3192,7 +3288,7 @@ def test_a_model_finds_its_encoder_again(folders, tmp_path, monkeypatch):
     curves = [column(tmp_path / out, "loss") for out in ("plain", "cold", "warm")]
     assert curves[1] == curves[2] and curves[0] == pytest.approx(curves[1], rel=2e-3) and curves[0] != curves[1]
     assert not any("encoder." in name for name in kept(tmp_path / "plain"))
-    [question] = [load(tmp_path / "plain").question("Which?", [("image", str(tmp_path / "0.png"))])]
+    [question] = [data_records.question(load(tmp_path / "plain"), "Which?", [("image", str(tmp_path / "0.png"))])]
     want, _ = load(tmp_path / "plain")([question])
     (tmp_path / "eyes").rename(tmp_path / "moved")
     message = refusal(load, tmp_path / "plain")
@@ -3210,13 +3306,18 @@ def test_a_model_finds_its_encoder_again(folders, tmp_path, monkeypatch):
     )
 
 
+def cached(encoder, path, folder):
+    cache_features(encoder, [path], folder)
+    return read_features(encoder, path, folder)
+
+
 def test_features_are_kept_only_while_they_are_true(folders, tmp_path):
     encoder, cache = modrwkv.read_pretrained("image", folders("siglip")), str(tmp_path / "cache")
     noise(40, 50).save(tmp_path / "x.png")
-    keep = lambda encoder=encoder: encoder.cached(str(tmp_path / "x.png"), cache).vectors
+    keep = lambda encoder=encoder: cached(encoder, str(tmp_path / "x.png"), cache).vectors
     files = lambda: sorted(path for path in Path(cache).rglob("*") if path.is_file())
     first = keep()
-    [true] = encoder([encoder.load(tmp_path / "x.png")])
+    [true] = features(encoder, [load_media(encoder, tmp_path / "x.png")])
     assert first.dtype == torch.float16 and (first.float() - true).abs().max() <= true.abs().max() / 2000
     assert torch.equal(keep(), first) and len(files()) == 1
     [file] = files()
@@ -3246,17 +3347,19 @@ def test_features_are_kept_only_while_they_are_true(folders, tmp_path):
     assert not torch.equal(keep(), first) and new.read_bytes() == right
     assert sorted(Path(cache).rglob("*.*")) == []  # nothing half written
     changed = Path(shutil.copytree(folders("siglip"), tmp_path / "changed")) / "config.json"
-    assert modrwkv.read_pretrained("image", str(changed.parent)).identity == encoder.identity
+    assert fingerprint(modrwkv.read_pretrained("image", str(changed.parent))) == fingerprint(encoder)
     changed.write_text(changed.read_text().replace("gelu_pytorch_tanh", "relu"))
-    assert modrwkv.read_pretrained("image", str(changed.parent)).identity != encoder.identity
+    assert fingerprint(modrwkv.read_pretrained("image", str(changed.parent))) != fingerprint(encoder)
     other = modrwkv.read_pretrained("image", folders("siglip, both towers"))
-    assert other.identity != encoder.identity == modrwkv.read_pretrained("image", folders("siglip")).identity
+    assert (
+        fingerprint(other) != fingerprint(encoder) == fingerprint(modrwkv.read_pretrained("image", folders("siglip")))
+    )
     assert not torch.equal(keep(other), keep()) and len(files()) == 3
     big = modrwkv.read_pretrained("image", folders("siglip"))
     big.models[0].post_layernorm.weight.data *= 1e6  # beyond float16
     assert keep(big).dtype == torch.float32 and keep(big).isfinite().all()
-    assert "x.jpg" in refusal(encoder.cached, "x.jpg", cache) and "no such" in refusal(encoder.cached, "x.jpg", cache)
-    assert "--feature_cache" in refusal(encoder.cached, str(tmp_path / "x.png"), str(file) + "/no")
+    assert "x.jpg" in refusal(cached, encoder, "x.jpg", cache) and "no such" in refusal(cached, encoder, "x.jpg", cache)
+    assert "--feature_cache" in refusal(cached, encoder, str(tmp_path / "x.png"), str(file) + "/no")
 
 
 def test_threads_keep_the_same_features_at_once(folders, tmp_path):
@@ -3264,11 +3367,11 @@ def test_threads_keep_the_same_features_at_once(folders, tmp_path):
     encoder = modrwkv.read_pretrained("image", folders("siglip"))
     path, gate = tmp_path / "x.png", threading.Barrier(4)
     noise(40, 50).save(path)
-    assert encoder.identity  # computed before, so that they meet where files are written
+    assert fingerprint(encoder)  # computed before, so that they meet where files are written
 
     def at_once(folder):
         gate.wait()
-        return encoder.cached(str(path), folder).vectors
+        return cached(encoder, str(path), folder).vectors
 
     with ThreadPoolExecutor(4) as pool:
         for i in range(20):
@@ -3283,12 +3386,12 @@ def test_a_released_model_sees_through_its_encoder(folders, tmp_path):
     torch.save(official_weights(2, C_) | under("modality.world_encoder.adapter.", adapter), tmp_path / "x.pth")
     model = load(tmp_path / "x.pth", image_encoder=folders("siglip"), tokenizer="bytes")
     encoder = modrwkv.read_pretrained("image", folders("siglip"))
-    [seen] = encoder([encoder.load(noise(30, 40))])
+    [seen] = features(encoder, [load_media(encoder, noise(30, 40))])
     y = layer(torch.relu(layer(seen, adapter, "proj.0")), adapter, "proj.2")
     y = y + norm(y, adapter["pre_norm.weight"], adapter["pre_norm.bias"])
     tokens = model.emb(torch.tensor([*codes("\x16"), 258, *codes(" What?\x17"), 259]))  # User: and Assistant:
-    x, _ = model.hidden(torch.cat([y, tokens])[None])
-    got, _ = model([model.question("What?", [("image", noise(30, 40))])])
+    x, _ = model.backbone(torch.cat([y, tokens])[None])
+    got, _ = model([data_records.question(model, "What?", [("image", noise(30, 40))])])
     assert distance(got, model.head(x)) < 1e-5
 
 
@@ -3362,7 +3465,7 @@ def test_digits_answers_are_true_and_writers_are_held_out(scanned, tmp_path, mon
         max(seen) < 1415 <= min(held_out) and [*real.target[1415:1435]] == [*range(10)] * 2
     )  # where a writer's form begins
     for r in itertools.chain(*parts, printed):
-        [(first, _), *_] = modrwkv.record_turns(r)
+        [(first, _), *_] = record_turns(r)
         digits = (
             [int(real.target[i]) for i in pictures[r["image"]]] if "image" in r else [*map(int, first.split("\n")[0])]
         )
@@ -3374,7 +3477,7 @@ def test_digits_answers_are_true_and_writers_are_held_out(scanned, tmp_path, mon
             "sum|Add": total,
             "largest": str(max(digits)),
         }
-        turns = modrwkv.record_turns(r)
+        turns = record_turns(r)
         for question, truth in turns:
             assert [t for words, t in truths.items() if re.search(words, question)] == [truth]
         reading = r["task"] == "read" and len(turns) == 1
@@ -3386,7 +3489,7 @@ def test_digits_answers_are_true_and_writers_are_held_out(scanned, tmp_path, mon
             assert turns[0][0].startswith("<image>\n") and image.height == 56
             assert image.getpixel((0, 0)) == 255 and image.getextrema()[0] < 100  # black on white
     assert len(printed) == 100 and {r["task"] for r in printed} == {"count", "sum", "largest"}
-    assert [{len(modrwkv.record_turns(r)) for r in part} for part in parts] == [
+    assert [{len(record_turns(r)) for r in part} for part in parts] == [
         {1, 2},
         {1},
     ]  # one question about a picture, or two
@@ -3589,11 +3692,11 @@ def test_shapes_answers_are_true_and_places_are_held_out(shapes):
         assert {len(r["conversations"]) for r in records} == ({2, 4} if name == "train" else {2})
         assert {r["task"] for r in records} == {"colour", "shape", "position", "count", "relation"}
         for r in records:
-            [(_, path)] = modrwkv.record_media(r)
+            [(_, path)] = record_media(r)
             things = look(path)
             drawn[name] |= set(things.items())
             assert 1 <= len(things) <= 5 and r["level"] >= 1
-            for question, answer in modrwkv.record_turns(r):
+            for question, answer in record_turns(r):
                 truth, cells = solve(question, things)
                 assert answer == truth, (path, question)
                 about += [{(cell, things[cell]) for cell in cells}] if name == "val" else []
@@ -3605,7 +3708,7 @@ def test_shapes_answers_are_true_and_places_are_held_out(shapes):
 
 def test_shapes_cannot_be_answered_without_the_picture(shapes):
     """The most frequent answer to each question text of one half of the records, tried on the other half."""
-    turns = [(r["task"], *modrwkv.record_turns(r)[0]) for r in read_records(shapes / "train.jsonl")]
+    turns = [(r["task"], *record_turns(r)[0]) for r in read_records(shapes / "train.jsonl")]
     answers, by_task = defaultdict(Counter), defaultdict(Counter)
     for task, question, answer in turns[::2]:
         answers[question][answer] += 1
@@ -3681,7 +3784,7 @@ def test_same_asks_whether_what_is_heard_is_what_is_seen(scanned, tmp_path, monk
     seen, held_out = ({i for r in part for i in pictures[r["image"]]} for part in parts)
     assert [*map(len, parts)] == [320, 20] and max(seen) < 1415 <= min(held_out)
     for r in itertools.chain(*parts):
-        [(_, answer)] = modrwkv.record_turns(r)
+        [(_, answer)] = record_turns(r)
         see, hear, same = re.fullmatch(r"(\d+), (\d+): (yes|no)", answer).groups()
         assert (
             see == "".join(str(real.target[i]) for i in pictures[r["image"]])
@@ -3692,10 +3795,10 @@ def test_same_asks_whether_what_is_heard_is_what_is_seen(scanned, tmp_path, monk
             x, rate = soundfile.read(tmp_path / r["audio"])
             assert copy_morse(x - x.mean(), rate)[0] == hear
             copied += 1
-    answers = [modrwkv.record_turns(r)[0][1].split(": ")[1] for r in parts[0]]
+    answers = [record_turns(r)[0][1].split(": ")[1] for r in parts[0]]
     assert copied > 250 and 0.4 < answers.count("yes") / 320 < 0.6
     model = ModRWKV(SMALL)
-    kinds = {tuple(kind for kind, _ in model.sample(r) if kind in modrwkv.MEDIA) for r in parts[1]}
+    kinds = {tuple(kind for kind, _ in record_sample(model, r) if kind in modrwkv.MEDIA) for r in parts[1]}
     assert kinds == {("image", "audio"), ("audio", "image")}
 
 
@@ -3777,7 +3880,7 @@ def complains(monkeypatch, words, name, *args):
     assert message.startswith("error: ") and "\n" not in message and not [word for word in words if word not in message]
 
 
-pairs = lambda path: [(r.get("image"), *modrwkv.record_turns(r)) for r in read_records(path)]
+pairs = lambda path: [(r.get("image"), *record_turns(r)) for r in read_records(path)]
 everything = lambda folder: read_records(folder / "train.jsonl") + read_records(folder / "val.jsonl")
 
 
@@ -3800,7 +3903,7 @@ def llava(tmp_path):
             mix += [
                 talk("<image>\nWhat is it?", f"{place} {i}", id=f"{i}", image=f"{place}/{i}.jpg") for _ in range(2)
             ]  # two conversations each
-    short = f"\n{modrwkv.SHORT_ANSWER}"
+    short = f"\n{SHORT_ANSWER}"
     mix += [
         talk(f"<image>\nOne?{short}", "1", "Two?", "2", "Three?", "3", "Four?", id="long", image="coco/train2017/0.jpg")
     ]
@@ -3830,9 +3933,9 @@ def test_llava_pairs_from_the_published_zip(llava, tmp_path, monkeypatch):
     assert [len(part) for part in parts] == [36, 4]
     assert {r["id"] for part in parts for r in part} == {f"{i:09}" for i in range(40)}
     for r in sum(parts, []):
-        [(kind, path)] = modrwkv.record_media(r)
+        [(kind, path)] = record_media(r)
         assert Path(path).read_bytes() == b"a picture" and path.endswith(f"{r['id']}.jpg")
-        assert modrwkv.record_turns(r) == [("<image>\nDescribe it.", f"Thing {int(r['id'])}.")]
+        assert record_turns(r) == [("<image>\nDescribe it.", f"Thing {int(r['id'])}.")]
     first = {name: (tmp_path / "a" / name).read_bytes() for name in ("train.jsonl", "val.jsonl")}
     prepare(
         monkeypatch,
@@ -3871,8 +3974,8 @@ def test_llava_mix_is_mended_and_what_is_missing_is_named(llava, tmp_path, monke
     prepare(monkeypatch, *args)
     assert ", 2 of them text alone\nleft out: 6 turns without an answer, 0 records" in capsys.readouterr().out
     records = everything(tmp_path / "out")
-    of = lambda name: modrwkv.record_turns(next(r for r in records if r["id"] == name))
-    short = f"\n{modrwkv.SHORT_ANSWER}"
+    of = lambda name: record_turns(next(r for r in records if r["id"] == name))
+    short = f"\n{SHORT_ANSWER}"
     assert len(records) == 84 and not [r for r in records if r["id"] == "silent"]
     assert of("long") == [(f"<image>\nOne?{short}", "1"), ("Two?", "2"), ("Three?", "3")]
     assert of("marks") == [("No mark?", "none"), ("<image> and <image >?", "two")]
@@ -3918,7 +4021,7 @@ def transcripts(folder, name):
     """[(id, task, transcript)] of a data set of speech, each with its sound."""
     found = []
     for r in read_records(folder / f"{name}.jsonl"):
-        [(question, text)], [(kind, path)] = modrwkv.record_turns(r), modrwkv.record_media(r)
+        [(question, text)], [(kind, path)] = record_turns(r), record_media(r)
         assert (
             question == "<audio>"
             and kind == "audio"
@@ -4101,13 +4204,8 @@ def test_data_that_is_made_from_files_of_ones_own_says_so(name, tmp_path, monkey
     assert "the following arguments are required" in capfd.readouterr().err
 
 
-README = (
-    (REPO / "README.md")
-    .read_text(encoding="utf-8")
-    .replace("\\\n", "")
-    .split("## The papers' recipes")[1]
-    .split("\n## ")[0]
-)
+README = (REPO / "data" / "llava" / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
+README = README.split("## The papers' recipes")[1].split("\n## ")[0]
 RECIPES = [shlex.split(line.split("train.py")[1]) for line in README.splitlines() if line.startswith("torchrun")]
 PUBLISHED = {  # samples in the published data or in the papers' runs, and their learning rate: highest, last
     "see1": (595_375, 1e-3, 0), "see2": (665_298 - 40_688, 2e-5, 0), "hear1": (281_241, 1e-4, 1e-4), "hear2": (281_241, 1e-4, 5e-5),
@@ -4207,28 +4305,45 @@ def test_data_from_any_folder_of_train_and_val(counting, tmp_path):
 # ---------------------------------------------------------------------------------------------- train.py
 
 
-# stands in for the model: a sample is its record's id, or the tokens of its text
-ECHO = SimpleNamespace(sample=lambda r: r["id"] if "conversations" in r else [("answer", list(range(len(r["text"]))))])
-drawn = lambda batches, *steps: [
-    i for step in range(*steps) for i in batches(step, 0, 1)[0]
-]  # what a single process draws
+@pytest.fixture
+def echo(monkeypatch):
+    """In the place of a model: a sample is its record's id, or numbers, as many as the text has characters."""
+
+    def record_sample(model, record):
+        return record["id"] if "conversations" in record else [("answer", list(range(len(record["text"]))))]
+
+    monkeypatch.setattr(train, "record_sample", record_sample)
+
+
+class Echo(torch.nn.Module):
+    """In the place of a model."""
+
+    encoder = torch.nn.ModuleDict()
+
+    def collate(self, samples):
+        return samples
+
+
+def drawn(batches, *steps):
+    """What a single process draws."""
+    return [i for step in range(*steps) for i in batches[step][0]]
 
 
 def batches(levels, **settings):
     rng = random.Random(0)
     records = [talk("q" * rng.randint(1, 50), "a", id=i, level=level) for i, level in enumerate(levels)]
-    return train.Batches(records, train.Train(**dict(batch_size=8, level_steps=0) | settings), ECHO)
+    return train.Batches(records, train.Train(**dict(batch_size=8, level_steps=0) | settings), Echo())
 
 
-W = train.Batches.WINDOW  # as many batches of 8 are an epoch of 8 * W records
+W = train.Batches.BUCKET  # as many batches of 8 are an epoch of 8 * W records
 
 
-def test_an_epoch_holds_each_record_once():
+def test_an_epoch_holds_each_record_once(echo):
     b = batches([1] * 8 * W)
     first = drawn(b, W)
     assert sorted(first) == sorted(drawn(b, W, 2 * W)) == list(range(8 * W))
     assert first != drawn(b, W, 2 * W) and first != drawn(batches([1] * 8 * W, seed=2), W)
-    lengths = [sorted(train.rough_length(b.records[i]) for i in first[8 * step : 8 * step + 8]) for step in range(W)]
+    lengths = [sorted(b.lengths[i] for i in first[8 * step : 8 * step + 8]) for step in range(W)]
     assert sum(sorted(lengths), []) == sorted(sum(lengths, []))  # like lengths share a batch
     assert sorted(lengths) != lengths  # but the short ones do not come first
     b = batches([1] * 16 * W)
@@ -4238,7 +4353,7 @@ def test_an_epoch_holds_each_record_once():
     assert set(Counter(drawn(b, W)).values()) == {W // 5, W // 5 + 1} and len(set(drawn(b, W))) == 40
 
 
-def test_curriculum():
+def test_curriculum(echo):
     levels = [n % 5 + 1 for n in range(8 * W)]
     b = batches(levels, level_steps=2 * W)
     for top in range(1, 6):
@@ -4256,9 +4371,9 @@ def test_curriculum():
     )  # who waits keeps a place for its own
 
 
-def test_long_texts_are_cut():
+def test_long_texts_are_cut(echo):
     make = lambda: train.Batches(
-        [{"text": "x" * n} for n in (40, 20)], train.Train(batch_size=8, ctx_len=32, level_steps=0), ECHO
+        [{"text": "x" * n} for n in (40, 20)], train.Train(batch_size=8, ctx_len=32, level_steps=0), Echo()
     )
     windows = [ids for [(_, ids)] in drawn(make(), 64)]
     assert {tuple(ids) for ids in windows} == {tuple(range(start, start + 33)) for start in range(8)} | {
@@ -4269,11 +4384,11 @@ def test_long_texts_are_cut():
 
 def test_held_out_text_is_predicted_once_throughout(model):
     texts = ["abc " * 33, "x", "hello"]
-    windows = train.held_out_samples(model, [{"text": t} for t in texts], 32, 10**6)
+    windows = list(held_out_samples(model, [{"text": t} for t in texts], 32))
     assert all(len(sample) == 1 and len(sample[0][1]) <= 33 for sample in windows)
     predicted = [i for [(_, ids)] in windows for i in ids[1:]]
     assert predicted == [i for t in texts for i in codes(t)[1:] + [0]]
-    assert sum(map(train.learned_tokens, windows)) == len(predicted)
+    assert n_targets(model, windows) == len(predicted)
 
 
 @pytest.mark.parametrize(
@@ -4302,7 +4417,7 @@ def test_learning_rate(flags, expected):
 
 
 TINY = ("--n_layer=2", "--n_embd=64", "--head_size=32", "--batch_size=8", "--device=cpu", "--dtype=float32")
-kept = lambda out, key="model": modrwkv.read_checkpoint(out / "ckpt.pt")[key]
+kept = lambda out, key="model": read_checkpoint(out / "ckpt.pt")[key]
 log = lambda out: [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 column = lambda out, key: [x[key] for x in log(out) if key in x]
 
@@ -4365,7 +4480,7 @@ def test_a_run_leaves_its_log_checkpoint_and_curve(trained):
 def test_a_run_scores_what_was_held_out(trained, counting):
     out, words, model = trained
     with torch.no_grad():  # in one batch: batches of answers of unequal length must not be averaged
-        loss = model.loss([model.sample(r) for r in read_records(counting[0])]).item()
+        loss = model.loss([record_sample(model, r) for r in read_records(counting[0])]).item()
     assert column(out, "val_loss")[-1] == pytest.approx(loss, abs=1e-5)
     assert f"\nheld-out loss {column(out, 'val_loss')[-1]:.4f}\n" in words
     *table, scores = said(sample.main, f"--out_dir={out}", f"--eval={counting[0]}").splitlines()
@@ -4404,17 +4519,17 @@ def test_a_table_runs_each_row_with_three_seeds(table, rows, tmp_path, monkeypat
         )
         return SimpleNamespace(returncode=int(bool(broken)))
 
-    monkeypatch.setattr(train.subprocess, "run", play)
-    monkeypatch.setattr(train, "find_data", lambda *names: None)
-    argv = [f"--ablate={table}", f"--out_dir={tmp_path}", "--max_steps=7", "--seed", "9"]
-    assert "_2 did not finish" in refusal(train.main, argv) and "said.txt" in refusal(train.main, argv)
+    monkeypatch.setattr(ablate.subprocess, "run", play)
+    monkeypatch.setattr(ablate, "find_data", lambda *names: None)
+    argv = [table, f"--out_dir={tmp_path}", "--max_steps=7", "--seed", "9"]
+    assert "_2 did not finish" in refusal(ablate.main, argv) and "said.txt" in refusal(ablate.main, argv)
     fail.clear()
     done = sum((folder / "log.jsonl").read_text() != "{" for folder in tmp_path.iterdir())
     commands.clear(), capsys.readouterr()
-    train.main(argv)
+    ablate.main(argv)
     assert len(commands) == 3 * rows - done  # what was done stays done
     assert any(flags["resume"] == "True" for flags in commands)  # what was broken goes on
-    assert all(flags["max_steps"] == "7" and "ablate" not in flags for flags in commands)
+    assert all(flags["max_steps"] == "7" for flags in commands)
     assert len({flags["out_dir"] for flags in commands}) == len(commands) and {flags["seed"] for flags in commands} <= {
         "1",
         "2",
@@ -4425,11 +4540,11 @@ def test_a_table_runs_each_row_with_three_seeds(table, rows, tmp_path, monkeypat
         "| digits | loss | ms a sample |" if table == "adapter" else "| % exact on digits | all | read | ms a sample |"
     )
     assert line == "|---" * (head.count("|") - 1) + "|"
-    for text, row in zip(lines, train.ABLATIONS[table], strict=True):
+    for text, row in zip(lines, ablate.ABLATIONS[table], strict=True):
         loss = f"{2 / row['adapter_scale']:.4f} ± {1 / row['adapter_scale']:.4f}" if table == "adapter" else ""
         score = loss or f"{20 + len(row.get('scan', '')):.1f} ± 10.0 | 50.0 ± 0.0"
         assert text == f"| {', '.join(f'{name} {value}' for name, value in row.items())} | {score} | 50.0 ± 0.0 |"
-    assert "--ablate=x" in refusal(train.main, ["--ablate=x"])
+    assert "x is not one of data, prompt" in refusal(ablate.main, ["x"])
 
 
 @pytest.fixture(scope="session")
@@ -4524,7 +4639,9 @@ def test_one_model_sees_hears_and_forecasts(tmp_path):
         files("one", "high"),
         (*files("one", "low")[:2], ("series", wave(2, 48))),
     )
-    logits = [model([model.question("<series><image><audio>\nBoth?", media)])[0][0, -1] for media in asked]
+    logits = [
+        model([data_records.question(model, "<series><image><audio>\nBoth?", media)])[0][0, -1] for media in asked
+    ]
     assert all(distance(other, logits[0]) > 1e-4 for other in logits[1:])
     (tmp_path / "x.csv").write_text("y\n" + "".join(f"{y}\n" for y in wave(1, 48)))
     asked = [
@@ -4569,13 +4686,13 @@ def test_series_settings_that_cannot_be():
 
 def test_word_and_character_errors():
     pairs = [("Four zero, seven!", "four zero seven"), ("one too", "one two three"), ("a b", "b"), ("anything", "...")]
-    got = sample.errors(
+    got = data_scores.errors(
         pairs
     )  # 7 words: one substituted, one missing, one too many; of 24 characters w, three, and an a
     assert got == {"wer": 3 / 7, "cer": pytest.approx(7 / 25), "substitutions": 1, "deletions": 1, "insertions": 1}
-    assert sample.errors([("x", "?!")])["wer"] == 1 and sample.errors([("a", "!")]) == {}
+    assert data_scores.errors([("x", "?!")])["wer"] == 1 and data_scores.errors([("a", "!")]) == {}
     record = talk("<audio>", "one two three", audio="x.wav", task="speech")
-    scores = sample.score([record, talk("q", "a", task="other")], ["one too", "a"])
+    scores = data_scores.score([record, talk("q", "a", task="other")], ["one too", "a"])
     assert scores["tasks"]["speech"]["wer"] == 2 / 3 and "wer" not in scores["tasks"]["other"]
 
 
@@ -4613,7 +4730,7 @@ ETT = REPO.parent / "shared/data/ett/ETTh1.csv"
 @pytest.mark.skipif(not ETT.exists(), reason="ETTh1.csv is not at hand")
 def test_the_naive_forecasts_of_etth1_are_those_that_are_published():
     scores = json.loads(
-        said(lambda argv: print(json.dumps(sample.benchmark(Naive(), str(ETT), 1024))), "").splitlines()[-1]
+        said(lambda argv: print(json.dumps(data_scores.benchmark(Naive(), str(ETT), 1024))), "").splitlines()[-1]
     )
     assert scores["windows"] == 7 * 2785
     known = {"repeat the last point": 1.2944, "repeat the last 24": 0.5122, "mean of the lookback": 0.7217}
@@ -4629,16 +4746,19 @@ def test_the_last_line_names_the_next_command(trained, counting):
     out, words, model = trained
     command = shlex.split(words.splitlines()[-1])
     assert command[:3] == ["python", "sample.py", f"--out_dir={out}"]
-    question = model.question(
-        "<image>\nHow many?", [("image", counting[0].parent / "1.png")]
+    question = data_records.question(
+        model, "<image>\nHow many?", [("image", counting[0].parent / "1.png")]
     )  # of the first held-out record
     assert said(sample.main, *command[2:]).strip() == "".join(answer(model, question)[0]).strip()
 
 
 def test_what_to_ask_next(tmp_path):
     at = lambda **record: dict(record, _folder=os.path.join(os.getcwd(), "x"))
-    assert train.asking(at(text="a")).startswith("--raw ") and train.asking(at(target=[1, 2])) == "--series=NUMBERS.csv"
-    assert train.asking(at(**talk("<audio>", "a", audio="y z.wav"))) == "--audio='x/y z.wav'"
+    assert (
+        train.sample_command(at(text="a")).startswith("--raw ")
+        and train.sample_command(at(target=[1, 2])) == "--series=NUMBERS.csv"
+    )
+    assert train.sample_command(at(**talk("<audio>", "a", audio="y z.wav"))) == "--audio='x/y z.wav'"
     two = talk(
         "<image> and <audio><image>: what's that?",
         "a",
@@ -4647,12 +4767,14 @@ def test_what_to_ask_next(tmp_path):
         image=["1.png", "2.png", "3.png"],
         audio="a.wav",
     )
-    assert shlex.split(train.asking(at(**two))) == [
+    assert shlex.split(train.sample_command(at(**two))) == [
         "--image=x/1.png,x/2.png",
         "--audio=x/a.wav",
         "--prompt=<image> and <audio><image>: what's that?",
     ]
-    assert train.asking(at(**talk("<series>\nUp?", "a", series=[1, 2]))) == "--series=NUMBERS.csv --prompt='Up?'"
+    assert (
+        train.sample_command(at(**talk("<series>\nUp?", "a", series=[1, 2]))) == "--series=NUMBERS.csv --prompt='Up?'"
+    )
 
 
 def test_a_second_run_does_not_touch_the_first(trained, counting):
@@ -4666,10 +4788,9 @@ def test_a_second_run_does_not_touch_the_first(trained, counting):
 
 def test_a_language_model_is_given_the_eyes_that_suit_the_data(trained, counting, tmp_path, monkeypatch):
     """Those of a model that sees already stay as they are."""
-    suited = dict(
-        image_encoder="patch", image_height=16, patch_height=16, conv_kernel=0, prompt_style="last", n_layer=7
-    )
-    monkeypatch.setitem(train.SUITED, str(counting[0]), suited)
+    suited = ["image_encoder", "image_height", "patch_height", "conv_kernel", "prompt_style", "n_layer"]
+    flags = "--image_height=16 --patch_height=16 --conv_kernel=0 --prompt_style=last --n_layer=7"
+    monkeypatch.setattr(train, "presets", lambda data: flags)
     save(tmp_path / "lm.pt", ModRWKV(Config(n_layer=1, n_embd=64, image_encoder="none")))
     small = lambda out: [getattr(load(tmp_path / out).config, name) for name in suited]
     learn(
@@ -4739,7 +4860,7 @@ def test_text_alone(tmp_path):
     """As a user does it, in a copy of the repository, for --data=shakespeare is prepared beside train.py."""
     folder, out = tmp_path / "data/shakespeare", tmp_path / "plays"
     folder.mkdir(parents=True)
-    for path in (*REPO.glob("*.py"), *REPO.glob("*.cu"), REPO / "data/shakespeare/prepare.py"):
+    for path in (*REPO.glob("*.py"), *REPO.glob("*.cu"), *REPO.glob("data/*.py"), REPO / "data/shakespeare/prepare.py"):
         shutil.copy(path, tmp_path / path.relative_to(REPO))
     (folder / "tinyshakespeare.txt").write_text(PLAY, encoding="utf-8")  # so nothing is downloaded
     flags = (
@@ -4922,34 +5043,17 @@ def assert_equal_runs(a, b):
 
 
 def micro_batches(path, rank, world, grad_accum):
-    b = train.Batches(
-        read_records(path), train.Train(batch_size=16, grad_accum=grad_accum), ModRWKV(Config(n_layer=1, n_embd=64))
-    )
-    return [b(step, rank, world) for step in range(12)]
+    settings = train.Train(batch_size=16, grad_accum=grad_accum)
+    b = train.Batches(read_records(path), settings, ModRWKV(Config(n_layer=1, n_embd=64)), rank, world)
+    return [b[step] for step in range(12)]
 
 
 def test_micro_batches_change_nothing(unequal, tmp_path):
     out, data, flags = unequal
-    counts = [[sum(map(train.learned_tokens, m)) for m in micro] for micro in micro_batches(data[0], 0, 1, 4)]
+    counts = [[len(batch.n_targets) for batch in micro] for micro in micro_batches(data[0], 0, 1, 4)]
     assert max(max(c) / min(c) for c in counts) > 3  # a mean of their means would be another loss
     learn(tmp_path, data, *flags, "--grad_accum=4")
     assert_equal_runs(tmp_path, out)
-
-
-def test_what_cannot_fit_is_refused_before_it_begins(counting, tmp_path, monkeypatch):
-    told = re.search(r"memory: about (.*) GiB.*, of (.*)", learn(tmp_path / "a", counting, "--max_steps=1"))
-    assert 0.001 < float(told[1]) < 0.1 and float(told[2]) == pytest.approx(
-        os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, rel=0.01
-    )
-    monkeypatch.setattr(train, "memory", lambda device: float(told[1]) * 2**30 * 0.9)
-    message = refusal(learn, tmp_path / "b", counting, "--max_steps=1")
-    assert not [
-        word
-        for word in f"memory {told[1]} --batch_size --grad_accum --checkpoint_activations --shard".split()
-        if word not in message
-    ]
-    assert not os.listdir(tmp_path / "b")
-    learn(tmp_path / "c", counting, "--max_steps=1", "--batch_size=8", "--grad_accum=4", "--checkpoint_activations")
 
 
 def two_processes(out, data, *flags):
@@ -4974,7 +5078,7 @@ def test_two_processes_change_nothing(how, eps, unequal, tmp_path):
     """Whether each has all the weights or its part of them. With the default epsilon AdamW makes a whole step of a gradient that rounds
     to nothing, in a direction of chance: so each tensor is compared with a larger one, and all of them together with both."""
     one, data, flags = unequal
-    pictured = lambda m: any(kind == "image" for x in m for kind, _ in x)
+    pictured = lambda batch: "image" in batch.media
     seen = [[list(map(pictured, micro)) for micro in micro_batches(data[0], rank, 2, 2)] for rank in (0, 1)]
     assert any(a[-1] != b[-1] for a, b in zip(*seen))  # one process without a picture while the other has some
     assert [True, False] in seen[0] + seen[1]  # and pictures that only a micro-batch before the exchange has seen
@@ -5023,12 +5127,14 @@ def test_score():
         talk("q", "7", task="read"),
         talk("q", "yes", "q", "no", task="even"),
     ]
-    result = sample.score(records, ["12", "1", "9", "yes", "nope"])
+    result = data_scores.score(records, ["12", "1", "9", "yes", "nope"])
     tasks = result.pop("tasks")
     assert tasks["read"] == {"n": 3, "exact": 1 / 3, "chars": 3 / 5, "majority": 2 / 3}
     assert tasks["even"] == {"n": 2, "exact": 1 / 2, "chars": 5 / 7, "majority": 1 / 2}
     assert result == {"n": 5, "exact": 2 / 5, "chars": 8 / 12, "majority": 2 / 5}
-    assert sample.score([talk("q", "abc")], [""])["tasks"] == {"all": {"n": 1, "exact": 0, "chars": 0, "majority": 1}}
+    assert data_scores.score([talk("q", "abc")], [""])["tasks"] == {
+        "all": {"n": 1, "exact": 0, "chars": 0, "majority": 1}
+    }
 
 
 @pytest.mark.parametrize("how", [{}, dict(temperature=1.0, top_k=9, top_p=0.9, seed=3)], ids=str)
@@ -5037,9 +5143,9 @@ def test_eval_answers_each_question(how, trained, counting):
     out, _, model = trained
     records, answers, how = read_records(counting[0]), [], how | {"max_new_tokens": 30}
     for r in records:
-        turns = modrwkv.record_turns(r)
+        turns = record_turns(r)
         for i in range(len(turns)):
-            segments = model.segments(turns[:i] + [(turns[i][0], None)], modrwkv.record_media(r))
+            segments = data_records.segments(model, turns[:i] + [(turns[i][0], None)], record_media(r))
             answers.append("".join(answer(model, segments, **how)[0]).strip())
     assert len(set(answers)) > 2 and sample.ask(model, records, 7, **how) == answers
     assert (sample.ask(model, records, 7, **how | {"seed": 4}) != answers) == ("seed" in how)
@@ -5050,21 +5156,23 @@ def test_eval_answers_each_question(how, trained, counting):
         "--batch_size=7",
         *(f"--{k}={v}" for k, v in how.items()),
     )
-    assert json.loads(printed.splitlines()[-1]) == sample.score(records, answers)
+    assert json.loads(printed.splitlines()[-1]) == data_scores.score(records, answers)
 
 
 def test_chat_keeps_the_state(trained, counting, monkeypatch):
     out, _, model = trained
     ask = lambda *how: answer(model, *how, max_new_tokens=30)
-    forgotten, _ = ask(model.question("Loud?"))
+    forgotten, _ = ask(data_records.question(model, "Loud?"))
     for n in range(1, 9):
         media = [("image", counting[0].parent / f"{n}.png")]
-        first, state = ask(model.question("<image> How many?", media))
-        second, _ = ask(model.question("Loud?", first=False), state)
+        first, state = ask(data_records.question(model, "<image> How many?", media))
+        second, _ = ask(data_records.question(model, "Loud?", first=False), state)
         if second != forgotten:
             break
     assert second != forgotten  # or the test would not see the state
-    assert second == ask(model.segments([("<image> How many?", "".join(first)), ("Loud?", None)], media))[0]
+    assert (
+        second == ask(data_records.segments(model, [("<image> How many?", "".join(first)), ("Loud?", None)], media))[0]
+    )
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"<{media[0][1]}> How many?\n<gone.png>?\nLoud?\n\n"))
     chat = said(sample.main, f"--out_dir={out}", "--chat", "--max_new_tokens=30")
     assert [x.strip() for x in chat.split("> ")[-4:]] == [
@@ -5095,7 +5203,7 @@ CUT = stored(noise(40, 40), io.BytesIO(), format="PNG").getvalue()[:2000]
         (read_records, "x.jsonl", [b"", b"\n\n", b'{"text": "\xff"}\n']),
         (read_records, "x.json", [b"[]", b"{}", b"[{"]),
         (get_tokenizer, "vocabulary", [b"\x80\x02\xff" * 100]),
-        (WHOLE.load, "x.png", [b"", b"no picture", CUT]),
+        (lambda path: load_media(WHOLE, path), "x.png", [b"", b"no picture", CUT]),
         (load, "x.pt", [b"", b"no checkpoint"]),
     ],
 )

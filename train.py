@@ -1,48 +1,56 @@
-"""Train a ModRWKV, on the CPU, a GPU, or several with torchrun.
+"""Train a ModRWKV on a CPU, on one GPU, or on several with torchrun.
 
 python train.py                                             handwritten numbers, from scratch, in minutes
-python train.py --data=my.jsonl --out_dir=mine              your own pictures
-python train.py --data=shakespeare --out_dir=plays          text alone
+python train.py --data=my.jsonl --out_dir=mine              your own pictures, sounds and series
+python train.py --data=my.txt --out_dir=mine                a text alone
 python train.py --out_dir=mine --resume                     goes on where it was stopped or killed
-torchrun --nproc_per_node=2 train.py --batch_size=128       the batch is the global one; --shard for what is too large for one GPU
+torchrun --nproc_per_node=2 train.py --batch_size=128       the batch is the global one; --shard for FSDP2
 """
 
 import contextlib
 import copy
 import datetime
 import functools
+import importlib.util
 import itertools
 import json
 import math
 import os
 import random
 import shlex
-import statistics
 import subprocess
 import sys
 import time
-import weakref
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 
-os.environ.setdefault(
-    "GOMP_SPINCOUNT", "5000"
-)  # read when torch is imported: a busy machine needs OpenMP to wait politely
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # read when torch is imported: OpenMP waits politely on a busy machine
 
-import soundfile
 import torch
 import torch.distributed as dist
-from PIL import Image
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-import modrwkv
+from data.records import (
+    cache_media,
+    held_out_samples,
+    read_records,
+    record_media,
+    record_sample,
+    record_turns,
+    rough_length,
+)
+from data.released import read_checkpoint
+from data.scores import errors, report, score
+from data.text import MARK
 from modrwkv import (
     ENCODERS,
-    MARK,
     MEDIA,
     Config,
     InputError,
@@ -50,15 +58,11 @@ from modrwkv import (
     build,
     freeze,
     parameter_groups,
-    read_checkpoint,
-    read_records,
     read_timer,
-    record_media,
-    record_turns,
-    save,
     setting,
+    write,
 )
-from sample import ask, errors, find_device, flags, report, score
+from sample import ask, find_device, flags
 
 
 @dataclass
@@ -66,273 +70,329 @@ class Train:
     """training"""
 
     data: str = setting(
-        "digits",
-        "folders of data/ or others with train.jsonl and val.jsonl, and .json and .jsonl files, separated by commas; see SUITED",
+        "digits", "data sets of data/, folders of train.jsonl and val.jsonl, .json, .jsonl or .txt: a,b"
     )
-    val_data: str = setting(
-        "", "a file of held-out records; by default the data folders' val.jsonl, or every 20th record"
-    )
+    val_data: str = setting("", "a file of held-out records; else the folders' val.jsonl, or every 20th record")
     out_dir: str = setting("out", "where ckpt.pt, log.jsonl and loss.png go")
-    init_from: str = setting(
-        "", "a checkpoint whose weights to start from: ours, or any that load reads (RWKV, fla, WorldRWKV, VisualRWKV)"
-    )
+    init_from: str = setting("", "a checkpoint to start from: ours, or a released RWKV, ModRWKV or VisualRWKV")
     timer_weights: str = setting("", "model.safetensors of thuml/timer-base-84m, for --series_encoder=timer")
     resume: bool = setting(False, "go on from out_dir/ckpt.pt, with the settings it was made with")
-    phase: str = setting(
-        "all", "adapter: language model and pretrained encoders frozen; all: pretrained encoders frozen"
-    )
-    max_steps: int = setting(1300, "optimizer steps")
-    batch_size: int = setting(64, "samples per step, over all processes")
-    grad_accum: int = setting(1, "micro-batches per step and process")
-    shard: bool = setting(
-        False, "under torchrun: each process keeps its part of the weights, gradients and moments (FSDP2)"
-    )
-    checkpoint_activations: bool = setting(
-        False, "keep only what enters each block and run it again in the backward pass: slower, much less memory"
-    )
-    ctx_len: int = setting(256, "a longer text is read in windows of so many tokens; conversations are read whole")
-    level_steps: int = setting(
-        30, 'curriculum: records with a "level" above 1 join one level after another, each so many steps later'
-    )
+    phase: str = setting("all", "adapter: language model frozen; pretrained encoders always are", ("all", "adapter"))
+    freeze: str = setting("", "more parameters to freeze, by the beginnings of their names: emb,blocks.0,adapter")
+    max_steps: int = setting(1300, "optimizer steps", least=1)
+    batch_size: int = setting(64, "samples per step, over all processes", least=1)
+    grad_accum: int = setting(1, "micro-batches per step and process", least=1)
+    ctx_len: int = setting(256, "a longer text is read in windows of so many tokens; conversations are whole", least=1)
+    level_steps: int = setting(30, 'curriculum: a higher "level" of records joins each so many steps; 0: all at once')
     learning_rate: float = setting(2e-3, "peak learning rate")
     lr_final: float = setting(0.0, "learning rate after the last step")
-    loss_reduction: str = setting(
-        "token", "token: mean over the answers' tokens; sample: mean over samples of each one's own mean"
-    )
-    l2wrap: float = setting(0.0, "weight of half the square of the largest logits; 0.0001 in official training")
-    feature_cache: str = setting(
-        "", "a folder to keep what pretrained encoders make of each file, so that it is computed once"
-    )
-    freeze: str = setting("", "parameters to leave as they are, by the beginnings of their names: emb,blocks.0,adapter")
-    schedule: str = setting("wsd", "wsd: warm-up, stable, linear decay; cosine: warm-up, half a cosine; constant")
+    schedule: str = setting("wsd", "after the warm-up: stable and decay, or cosine", ("wsd", "cosine", "constant"))
     warmup_steps: int = setting(50, "steps from zero to the peak learning rate")
     decay_fraction: float = setting(0.5, "part of the steps in which wsd decays")
-    optimizer: str = setting(
-        "adamw",
-        "adamw; or muon for the matrices of blocks, encoders and adapters, which learns sooner what is faint in the data",
-    )
+    optimizer: str = setting("adamw", "muon: for matrices inside the model, AdamW for the rest", ("adamw", "muon"))
     weight_decay: float = setting(0.1, "on matrices only")
-    decay_lr: float = setting(
-        2.0, "learning rate of the decays (att.w0, att.time_decay), in units of the others'; 1 in both papers' code"
-    )
+    decay_lr: float = setting(2.0, "learning rate of att.w0, att.time_decay in units of the others'; the papers': 1")
     beta1: float = setting(0.9, "AdamW's first decay rate")
     beta2: float = setting(0.99, "AdamW's second decay rate")
     adam_eps: float = setting(1e-18, "AdamW's epsilon")
     grad_clip: float = setting(1.0, "largest norm of the gradient; 0 for no limit")
-    eval_interval: int = setting(325, "steps between scores on held-out records")
-    eval_samples: int = setting(200, "held-out records for these scores; the last one uses all")
-    save_interval: int = setting(325, "steps between checkpoints")
+    loss_reduction: str = setting("token", "mean over tokens, or over samples of their means", ("token", "sample"))
+    l2wrap: float = setting(0.0, "weight of half the square of the largest logits; 0.0001 in official training")
+    log_interval: int = setting(10, "steps between looks at the loss, each of which waits for the GPU", least=1)
+    eval_interval: int = setting(325, "steps between scores on held-out records", least=1)
+    eval_samples: int = setting(200, "held-out records for these scores; the last one uses all", least=1)
+    eval_batch_size: int = setting(0, "held-out samples at once; 0 for a micro-batch", least=0)
+    save_interval: int = setting(325, "steps between checkpoints", least=1)
+    feature_cache: str = setting("", "a folder for what pretrained encoders make of each file, computed once")
+    num_workers: int = setting(-1, "processes that prepare batches ahead; -1: by the number of cores", least=-1)
+    checkpoint_activations: bool = setting(False, "run each block again in the backward pass: slower, less memory")
+    shard: bool = setting(False, "under torchrun, keep a part of weights, gradients and moments each (FSDP2)")
+    compile: bool = setting(None, "torch.compile the blocks; by default on CUDA, where Triton is installed")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
-    dtype: str = setting("auto", "float32, or bfloat16 under autocast; auto takes bfloat16 where the hardware has it")
+    dtype: str = setting("auto", "of autocast; auto: by hardware", ("auto", "float32", "bfloat16", "float16"))
     seed: int = setting(1, "of the initial weights and the order of the data")
-    ablate: str = setting(
-        "",
-        "data (generations), prompt, scan, adapter or conv: train each row of that table of the papers with three seeds, and print it",
-    )
-    bench: bool = setting(False, "time the recurrence and a training step on this machine, and do nothing else")
 
 
-# ---------------------------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------------------------------- data
 
-SUITED = {  # settings that suit an embedded data set, unless they are given; of several, all encoders, and else the last one's
-    "digits": dict(image_encoder="patch", optimizer="muon"),
-    "shapes": dict(
-        image_height=48,
-        patch_height=16,
-        patch_width=16,
-        conv_kernel=0,
-        image_trim=False,
-        n_layer=3,
-        prompt_style="last",
-    )
-    | dict(
-        learning_rate=1.2e-3, batch_size=32, max_steps=4000, level_steps=100, eval_interval=1000, save_interval=1000
-    ),
-    "morse": dict(image_encoder="none", audio_encoder="mel", optimizer="muon")
-    | dict(learning_rate=1.2e-3, batch_size=32, max_steps=2600, level_steps=100, eval_interval=650, save_interval=650),
-    "same": dict(image_encoder="patch", audio_encoder="mel")
-    | dict(
-        learning_rate=1.2e-3, batch_size=16, max_steps=4000, level_steps=400, eval_interval=1000, save_interval=1000
-    ),
-    "series": dict(image_encoder="none", series_encoder="wavenet", encoder_width=48, n_layer=3)
-    | dict(optimizer="muon", loss_reduction="sample", max_steps=3600, eval_interval=900, save_interval=900),
-    "shakespeare": dict(image_encoder="none"),
-    "llava": dict(image_height=64, patch_height=16, patch_width=16, image_trim=False),
+SOUND = (
+    "--learning_rate=1.2e-3 --batch_size=32 --max_steps=2600 --level_steps=100 --eval_interval=650 --save_interval=650"
+)
+SERIES = "--encoder_width=48 --n_layer=3 --max_steps=3600 --eval_interval=900 --save_interval=900"
+PRESETS = {  # flags that suit a data set, where they are not given; of several data sets the last one's count
+    "digits": "--optimizer=muon",
+    "shapes": "--image_height=48 --patch_height=16 --patch_width=16 --conv_kernel=0 --image_trim=False --n_layer=3 "
+    "--prompt_style=last --learning_rate=1.2e-3 --batch_size=32 --max_steps=4000 --level_steps=100 "
+    "--eval_interval=1000 --save_interval=1000",
+    "morse": f"--optimizer=muon {SOUND}",
+    "spoken_digits": f"--optimizer=muon {SOUND}",
+    "librispeech": SOUND,
+    "aishell": SOUND,
+    "same": "--learning_rate=1.2e-3 --batch_size=16 --max_steps=4000 --level_steps=400 "
+    "--eval_interval=1000 --save_interval=1000",
+    "series": f"--optimizer=muon --loss_reduction=sample {SERIES}",
+    "gift_eval": SERIES,
+    "llava": "--image_height=64 --patch_height=16 --patch_width=16 --image_trim=False",
 }
-SUITED |= {"spoken_digits": SUITED["morse"]} | {
-    name: SUITED["morse"] | {"optimizer": "adamw"} for name in ("librispeech", "aishell")
-}
-SUITED |= {"gift_eval": SUITED["series"] | {"optimizer": "adamw", "loss_reduction": "token"}}
+DATA = os.path.join(os.path.dirname(os.path.realpath(__file__)), "data")
+DATA_SETS = sorted(name for name in os.listdir(DATA) if os.path.exists(os.path.join(DATA, name, "prepare.py")))
+
+
+def data_set(name):
+    """The data set of data/ that is meant by its name or by a path of its folder, else ""."""
+    folder, base = os.path.split(os.path.realpath(name))
+    known = name if name in DATA_SETS else base if folder == DATA else ""
+    return known if known in DATA_SETS else ""
+
+
+def presets(data):
+    """The flags that suit --data."""
+    return " ".join(PRESETS.get(data_set(name), "") for name in data.split(","))
 
 
 def find_data(names, val):
-    """Paths of training and of held-out files; an embedded data set that is not there yet is prepared."""
-    here = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data")
-    known = sorted(d for d in os.listdir(here) if os.path.exists(os.path.join(here, d, "prepare.py")))
+    """Paths of training and of held-out files; a data set of data/ that is not there yet is prepared."""
     paths, held_out = [], [val] if val else []
     for name in names.split(","):
-        folder = os.path.join(here, name) if name in known else name
+        known = data_set(name)
+        folder = os.path.join(DATA, known) if known else name
         files = [os.path.join(folder, f"{part}.jsonl") for part in ("train", "val")]
-        if not all(map(os.path.exists, files)):
-            if name not in known:
-                if os.path.splitext(name)[1] not in (".json", ".jsonl"):
-                    raise InputError(
-                        f"--data={name} is no .json or .jsonl file, no folder with train.jsonl and val.jsonl, and none of {', '.join(known)}"
-                    )
-                paths.append(name)
-                continue
-            say(f"preparing data/{name} ...")
-            code = subprocess.run([sys.executable, os.path.join(folder, "prepare.py")]).returncode
-            if code == 2:  # argparse's: it takes a path
-                raise InputError(
-                    f"data/{name} is made from files of your own: python data/{name}/prepare.py --help says from which"
-                )
-            if code:
-                raise InputError(f"data/{name}/prepare.py did not finish: see its message above")
-        paths.append(files[0])
-        held_out += [] if val else files[1:]
+        if known and not all(map(os.path.exists, files)):
+            prepare(known)
+        if all(map(os.path.exists, files)):
+            paths.append(files[0])
+            held_out += [] if val else files[1:]
+        elif os.path.splitext(name)[1] in (".json", ".jsonl", ".txt"):
+            paths.append(name)
+        else:
+            raise InputError(
+                f"--data={name} is no .json, .jsonl or .txt file, no folder with train.jsonl and val.jsonl, "
+                f"and none of {', '.join(DATA_SETS)}"
+            )
     return paths, held_out
 
 
-class Batches:
-    """The samples of each step: a function of (seed, step) alone, so a resumed run needs no other position.
+def prepare(name):
+    """Runs data/<name>/prepare.py."""
+    print0(f"preparing data/{name} ...")
+    code = subprocess.run([sys.executable, os.path.join(DATA, name, "prepare.py")]).returncode
+    if code == 2:  # argparse's: it takes a path
+        raise InputError(
+            f"data/{name} is made from files of your own: python data/{name}/prepare.py --help says from which"
+        )
+    if code:
+        raise InputError(f"data/{name}/prepare.py did not finish: see its message above")
 
-    Every record comes once in an epoch; before that, while records of a higher level wait, draws are from the
-    others, and each folder keeps its share. Within a few batches, records of like length share a batch, which leaves little padding.
+
+def read_data(s, rank, world):
+    """Records to learn from, and held-out ones: those of several files in turns."""
+    if rank == 0:
+        paths, held_out = find_data(s.data, s.val_data)
+    if world > 1:  # the first process prepares, the others wait
+        dist.barrier()
+        paths, held_out = find_data(s.data, s.val_data)
+    records = [record for path in paths for record in read_records(path)]
+    val = [x for of_each in itertools.zip_longest(*map(read_records, held_out)) for x in of_each if x]
+    if not val:
+        val = records[::20]
+        records = [record for i, record in enumerate(records) if i % 20] or records
+    if any(record.get("audio") for record in val):
+        errors([("a", "a")])  # better to miss jiwer now than when the answers are scored
+    names = ", ".join(map(os.path.relpath, paths))
+    print0(f"data: {len(records):,} records to learn from ({names}), {len(val):,} held out")
+    return records, val
+
+
+# --------------------------------------------------------------------------------------------------- batches
+
+
+def without_weights(model):
+    """A copy of the model that has shapes alone: what a worker process needs to prepare a batch."""
+    frozen = [part for encoder in model.encoder.values() for part in getattr(encoder, "models", ())]
+    tensors = [x for part in (model, *frozen) for x in itertools.chain(part.parameters(), part.buffers())]
+    return copy.deepcopy(model, {id(x): x.to("meta") for x in tensors})
+
+
+class Batches(Dataset):
+    """The micro-batches of each step: a function of (seed, step) alone, so a resumed run needs no other position.
+
+    Every record comes once in an epoch; before that, while records of a higher level wait, draws are from the others, and
+    each folder keeps its share. Within a few batches, records of like length share a batch, which leaves little padding.
     """
 
-    WINDOW = 8  # batches
+    BUCKET = 8  # batches
 
-    def __init__(self, records, settings, model):
-        self.records, self.settings, self.model = records, settings, model
+    def __init__(self, records, settings, model, rank=0, world=1):
+        self.records, self.settings, self.rank, self.world = records, settings, rank, world
+        self.model = without_weights(model)
         self.levels = [record.get("level", 0) for record in records]
+        self.lengths = [rough_length(model, record, settings.ctx_len) for record in records]
         self.order = functools.lru_cache(2)(self.order)
-        self.window = functools.lru_cache(2)(self.window)
-        self.encoded = functools.lru_cache(16)(lambda i: model.sample(records[i]))  # long texts are cut anew each time
+        self.bucket = functools.lru_cache(2)(self.bucket)
 
     def order(self, epoch):
-        return torch.randperm(
-            len(self.records), generator=torch.Generator().manual_seed(self.settings.seed * 1000003 + epoch)
-        ).tolist()
+        generator = torch.Generator().manual_seed(self.settings.seed * 1000003 + epoch)
+        return torch.randperm(len(self.records), generator=generator).tolist()
 
-    def window(self, w):
-        """The batches of WINDOW steps, as lists of (place in the run, index of the record)."""
-        s, rng, n = self.settings, random.Random(f"{self.settings.seed} {w}"), len(self.records)
-        places = range(w * self.WINDOW * s.batch_size, (w + 1) * self.WINDOW * s.batch_size)
-        top = 1 + w * self.WINDOW // s.level_steps if s.level_steps else math.inf
-        drawn = [(p, self.order(p // n)[p % n]) for p in places]
+    def bucket(self, b):
+        """The batches of BUCKET steps, as lists of (place in the run, index of the record)."""
+        s, rng, n = self.settings, random.Random(f"{self.settings.seed} {b}"), len(self.records)
+        places = range(b * self.BUCKET * s.batch_size, (b + 1) * self.BUCKET * s.batch_size)
+        drawn = [(place, self.order(place // n)[place % n]) for place in places]
+        top = 1 + b * self.BUCKET // s.level_steps if s.level_steps else math.inf
         if top < max(self.levels):
             ready = {}
             for i, level in enumerate(self.levels):
                 if level <= top:
                     ready.setdefault(self.records[i].get("_folder"), []).append(i)
-            drawn = [(p, rng.choice(ready.get(self.records[i].get("_folder")) or [i])) for p, i in drawn]
-        drawn.sort(key=lambda place: rough_length(self.records[place[1]]))
+            drawn = [(place, rng.choice(ready.get(self.records[i].get("_folder")) or [i])) for place, i in drawn]
+        drawn.sort(key=lambda place: self.lengths[place[1]])
         batches = [drawn[i : i + s.batch_size] for i in range(0, len(drawn), s.batch_size)]
         rng.shuffle(batches)
         return batches
 
-    def __call__(self, step, rank, world):
-        """This rank's micro-batches of a step."""
-        batch, pieces = self.window(step // self.WINDOW)[step % self.WINDOW], world * self.settings.grad_accum
-        size = len(batch) // pieces
-        return [[self.sample(*p) for p in batch[i * size : (i + 1) * size]] for i in range(rank, pieces, world)]
+    def __len__(self):
+        return self.settings.max_steps
 
-    def longest(self, n):
-        """The longest n samples of a batch late in the run, when records of all levels are in."""
-        length = lambda place: rough_length(self.records[place[1]])
-        batch = max(
-            self.window((self.settings.max_steps - 1) // self.WINDOW), key=lambda batch: sum(map(length, batch))
-        )
-        return [self.sample(*place) for place in sorted(batch, key=length)[-n:]]
+    def __getitem__(self, step):
+        """This process's micro-batches of a step; an InputError is returned, as a worker would raise it with a traceback."""
+        batch = self.bucket(step // self.BUCKET)[step % self.BUCKET]
+        pieces = self.world * self.settings.grad_accum
+        size = len(batch) // pieces
+        micro_batches = [batch[i * size : (i + 1) * size] for i in range(self.rank, pieces, self.world)]
+        try:
+            return [self.collate(places) for places in micro_batches]
+        except InputError as e:
+            return e
+
+    def longest(self):
+        """The longest micro-batch that there can be: so many of the longest records."""
+        n = self.settings.batch_size // (self.world * self.settings.grad_accum)
+        by_length = sorted(range(len(self.records)), key=self.lengths.__getitem__, reverse=True)
+        return self.collate([(0, i) for i in itertools.islice(itertools.cycle(by_length), n)])
+
+    def collate(self, places):
+        return self.model.collate([self.sample(*place) for place in places])
 
     def sample(self, place, i):
+        """The segments of record i; of a text or a series a window, at random by its place in the run."""
+        sample = record_sample(self.model, self.records[i])
         if self.records[i].get("conversations"):
-            return self.model.sample(self.records[i])
-        [(kind, ids)] = self.encoded(i)
+            return sample
+        [(kind, data)] = sample
         rng = random.Random(f"{self.settings.seed} {place}")
         if kind == "forecast":
-            return self.model.window(ids, rng)
-        start = rng.randrange(max(1, len(ids) - self.settings.ctx_len))
-        return [(kind, ids[start : start + self.settings.ctx_len + 1])]
+            return self.model.window(data, rng)
+        start = rng.randrange(max(1, len(data) - self.settings.ctx_len))
+        return [(kind, data[start : start + self.settings.ctx_len + 1])]
 
 
-def rough_length(record):
-    """About how long a record is as a sequence: characters, and what the headers alone say of its pictures and sounds."""
-    n = len(record.get("text") or "") + sum(
-        len(question) + len(answer) + 4 for question, answer in record_turns(record)
-    )
-    for kind, path in record_media(record):
-        with contextlib.suppress(Exception):  # reading it whole will say what is wrong
-            if kind == "image":
-                with Image.open(path) as image:
-                    n += 5 * image.width / image.height
-            elif kind == "audio":
-                n += 25 * soundfile.info(path).duration
-    return n
+# --------------------------------------------------------------------------------------------------- the run
 
 
-def held_out_samples(model, records, ctx_len, n):
-    """The first n samples of the held-out records, long texts cut into windows, of series the last points to forecast."""
-
-    def samples():
-        for record in records:
-            sample = model.sample(record)
-            if record.get("conversations"):
-                yield sample
-            elif sample[0][0] == "forecast":
-                yield model.window(sample[0][1])
-            else:
-                ids = sample[0][1]
-                yield from ([("answer", ids[i : i + ctx_len + 1])] for i in range(0, len(ids) - 1, ctx_len))
-
-    return list(itertools.islice(samples(), n))
+def print0(*words):
+    """Prints, in the process of rank 0."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(" ".join(map(str, words)))
+        sys.stdout.flush()
 
 
-def learned_tokens(sample):
-    """How many tokens of a sample are predicted: those of its answers, without a first token that nothing precedes; or vectors that forecast."""
-    if sample[0][0] == "forecast":
-        return int((~sample[0][1][1].isnan()).any(1).sum())
-    return sum(len(data) for kind, data in sample if kind == "answer") - (sample[0][0] == "answer")
+def start_process(s):
+    """(rank, world size, device) of this process, under torchrun or alone."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    name = s.device
+    if world > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = find_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if (
+        world > 1
+    ):  # two backends: counts are exchanged on the CPU, gradients where they are; the first process scores alone
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+    return rank, world, device
 
 
-# ---------------------------------------------------------------------------------------------- training
+def autocast_dtype(name, device):
+    """The dtype of --dtype; auto: bfloat16 where the hardware multiplies in it, float16 on a GPU before Ampere, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":  # is_bf16_supported() also says yes where it is emulated
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return torch.bfloat16 if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else torch.float32
 
 
-def learning_rate(step, s):
-    """Of a step, counted from 0 ([1]'s "wsd" is what is called cosine here)."""
-    if step < s.warmup_steps:
-        return s.learning_rate * (step + 1) / s.warmup_steps
-    length = {"wsd": s.decay_fraction * s.max_steps, "cosine": s.max_steps - s.warmup_steps, "constant": 1e-9}[
-        s.schedule
-    ]
-    p = min(1, max(0, (step + 1 - (s.max_steps - length)) / max(length, 1e-9)))  # how much of the decay is done
-    left = {"wsd": 1 - p, "cosine": (1 + math.cos(math.pi * p)) / 2, "constant": 1}[s.schedule]
-    return s.lr_final + (s.learning_rate - s.lr_final) * left
+def read_run(s, given):
+    """(checkpoint, settings) of the run in out_dir that --resume goes on with."""
+    path = os.path.join(s.out_dir, "ckpt.pt")
+    ckpt = read_checkpoint(path)
+    if "train" not in ckpt:
+        raise InputError(f"{path} was not written by train.py: start from its weights with --init_from")
+    names = {f.name for f in fields(Train)} - given
+    old = {name: value for name, value in ckpt["train"].items() if name in names}
+    return ckpt, Train(**asdict(s) | old | {"resume": True, "out_dir": s.out_dir})
 
 
-def precision(dtype, device):
-    """Whether to autocast to bfloat16."""
-    if dtype not in ("auto", "float32", "bfloat16"):
-        raise InputError(f"--dtype={dtype} is not one of auto, float32, bfloat16")
-    if dtype == "auto":
-        return (
-            torch.cuda.is_bf16_supported()
-            if device.type == "cuda"
-            else device.type == "cpu" and torch.cpu._is_amx_tile_supported()
-        )
-    return dtype == "bfloat16"
+def start_model(s, config, given, records, ckpt):
+    """The model: of the run to resume, of --init_from, or a new one, with an encoder for each kind of media in the records."""
+    names = {f.name for f in fields(Config)} & given
+    if ckpt:
+        return resumed_model(os.path.join(s.out_dir, "ckpt.pt"), config, names, ckpt)
+    for kind in MEDIA:
+        if f"{kind}_encoder" not in given:
+            needed = any(record.get(kind) or kind == "series" and "target" in record for record in records)
+            setattr(config, f"{kind}_encoder", next(iter(ENCODERS[kind])) if needed else "none")
+    timed = False
+    if s.init_from:
+        ckpt = read_checkpoint(s.init_from)
+        has = {kind for kind in MEDIA if ckpt["config"].get(f"{kind}_encoder", "none") != "none"}
+        changes = names | {f"{kind}_encoder" for kind in set(MEDIA) - has}
+        if not has:  # a language model alone is given encoders and adapters as a new model has them
+            changes |= {f.name for f in fields(Config)} - LANGUAGE
+        model = build(ckpt, s.init_from, **{name: getattr(config, name) for name in changes})
+        for name in names:
+            if getattr(model.config, name) != getattr(config, name):
+                own = getattr(model.config, name)
+                raise InputError(f"{s.init_from} has {name}={own}, not {getattr(config, name)}")
+        timed = any(name.startswith("encoder.series.") for name in ckpt["model"])
+    else:
+        model = ModRWKV(config)
+    if model.config.series_encoder == "timer" and (s.timer_weights or not timed):
+        if not s.timer_weights:
+            raise InputError(
+                "--series_encoder=timer is pretrained: name its weights with --timer_weights=model.safetensors"
+            )
+        read_timer(model.encoder["series"], s.timer_weights)
+    return model
+
+
+LANGUAGE = {"rwkv", "n_layer", "n_embd", "head_size", "tokenizer", "template"}  # settings of the language model
+
+
+def resumed_model(path, config, given, ckpt):
+    """The model of a checkpoint; of the settings `given` only the place of a pretrained encoder may differ from it."""
+    old = {f.name: ckpt["config"].get(f.name, f.default) for f in fields(Config)}
+    scratch = {"none", *ENCODERS["image"], *ENCODERS["audio"]}
+    moved = {}
+    for name in given:
+        new = getattr(config, name)
+        if name in ("image_encoder", "audio_encoder") and not {old[name], new} & scratch:
+            moved[name] = new
+        elif new != old[name]:
+            raise InputError(f"{path} was trained with {name}={old[name]}: choose another --out_dir to change that")
+    return build(ckpt, path, **moved)
 
 
 class Loss(torch.nn.Module):
-    """DistributedDataParallel wraps a forward: here it is the loss."""
+    """DistributedDataParallel and FSDP wrap a forward: here it is the loss."""
 
     def __init__(self, model, settings):
         super().__init__()
         self.model, self.settings = model, settings
 
-    def forward(self, samples, count):
-        loss = self.model.loss(samples, count, self.settings.loss_reduction, self.settings.l2wrap)
+    def forward(self, batch, count):
+        loss = self.model.loss(batch, count, self.settings.loss_reduction, self.settings.l2wrap)
         if torch.is_grad_enabled() and not loss.requires_grad:  # texts, while adapters alone learn
             loss = loss + 0 * sum(p.sum() for p in self.parameters() if p.requires_grad)
         return loss
@@ -347,132 +407,202 @@ def shard(objective, device, world):
     for module in (*blocks, objective):
         fully_shard(module, mesh=mesh)
 
-    def join(block, inputs):
-        """What one process's samples do not need, another's do: with all of it in the sum, no process waits for gradients that never come."""
+    def touch_all(block, inputs):
+        """Touches every parameter, so that all ranks issue the same collectives whatever their samples need."""
         x, *more = inputs
-        return x + 0 * sum(
-            p.sum() for name, p in objective.named_parameters() if p.requires_grad and ".blocks." not in name
-        ), *more
+        outside = [p for name, p in objective.named_parameters() if p.requires_grad and ".blocks." not in name]
+        return x + 0 * sum(p.sum() for p in outside), *more
 
-    blocks[0].register_forward_pre_hook(join, prepend=True)
-
-
-class Live(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make while it is on: those alive `now`, and the most there were, `peak`."""
-
-    def __init__(self):
-        super().__init__()
-        self.now, self.peak, self.alive = 0, 0, weakref.WeakSet()
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        made = operation(*args, **(kwargs or {}))
-        for storage in (x.untyped_storage() for x in tree_leaves(made) if torch.is_tensor(x)):
-            if storage not in self.alive:
-                self.alive.add(storage)
-                self.add(storage.nbytes())
-                weakref.finalize(storage, self.add, -storage.nbytes())
-        return made
-
-    def add(self, n):
-        self.now += n
-        self.peak = max(self.peak, self.now)
+    blocks[0].register_forward_pre_hook(touch_all, prepend=True)
 
 
-def step_memory(model, samples, bf16, parts=1, accumulates=False):
-    """
-    Bytes that training takes at its most: weights, gradients and moments, and what the language model makes of a micro-batch.
-
-    The forward and backward pass are run with torch's fake tensors, which have shapes and no numbers. What encoders and adapters make
-    is not counted. parts: processes that share weights, gradients and moments; accumulates: gradients are there when a pass begins.
-    """
-    device, T = model.emb.weight.device, max(map(model.length, samples))
-    learned, together = (
-        sum(len(data) for sample in samples for kind, data in sample if kind == "answer"),
-        parts == 1 and not accumulates,
-    )
-    trained = [p for p in model.parameters() if p.requires_grad]
-    with (
-        FakeTensorMode(allow_non_fake_inputs=True),
-        Live() as live,
-        torch.autocast(device.type, torch.bfloat16, enabled=bf16),
-    ):
-        x = torch.empty(len(samples), T, model.config.n_embd, device=device, requires_grad=True)
-        y, _ = model.hidden(x)
-        logits = model.head(y.flatten(0, 1)[:learned]).float()
-        loss = torch.nn.functional.cross_entropy(logits, torch.zeros(learned, dtype=torch.long, device=device))
-        gradients = torch.autograd.grad(loss, [x, *trained] if together else [x], allow_unused=True)[1:]
-    size = lambda parameters: sum(p.numel() * p.element_size() for p in parameters)
-    frozen = size(
-        p for encoder in model.encoder.values() for m in getattr(encoder, "models", ()) for p in m.parameters()
-    )
-    uncounted = size(trained) - size(g for g in gradients if g is not None)  # gradients
-    return live.peak + frozen + (size(model.parameters()) + 2 * size(trained) + uncounted) // parts
+def learning_rate(step, s):
+    """Of a step, counted from 0 ([1]'s "wsd" is what is called cosine here)."""
+    if step < s.warmup_steps:
+        return s.learning_rate * (step + 1) / s.warmup_steps
+    length = {"wsd": s.decay_fraction * s.max_steps, "cosine": s.max_steps - s.warmup_steps, "constant": 1e-9}[
+        s.schedule
+    ]
+    p = min(1, max(0, (step + 1 - (s.max_steps - length)) / max(length, 1e-9)))  # how much of the decay is done
+    left = {"wsd": 1 - p, "cosine": (1 + math.cos(math.pi * p)) / 2, "constant": 1}[s.schedule]
+    return s.lr_final + (s.learning_rate - s.lr_final) * left
 
 
-def memory(device):
-    """Bytes that a process may have on a device; infinite where that is not known."""
+@contextlib.contextmanager
+def memory_advice():
+    """Running out of memory becomes one sentence with the flags that help."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
+        if not isinstance(e, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(e):
+            raise
+        raise InputError(
+            "out of memory: take a larger --grad_accum, a smaller --batch_size, --checkpoint_activations, "
+            "or --shard under torchrun"
+        ) from e
+
+
+def peak_memory(device):
+    """The most bytes that were allocated on the GPU, or that this process had, since reset_peak_memory."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    with contextlib.suppress(AttributeError, ValueError, OSError):  # no such names on Windows
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return math.inf
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError), open("/proc/self/status") as f:
+        return 1024 * int(f.read().split("VmHWM:")[1].split()[0])
+    return 0
 
 
-KINDS = ("text", "answer", "forecast", *MEDIA)  # of segments
-NEED = {
-    "emb": ("text", "answer"),
-    "forecast_head": ("forecast",),
-}  # the kinds without which parameters have no part in a step
-NEED |= {
-    f"{part}.{kind}": (kind, "forecast") if kind == "series" else (kind,)
-    for part in ("encoder", "adapter")
-    for kind in MEDIA
-}
+def reset_peak_memory(device):
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as f:
+            f.write("5")
 
 
-def gathered(state, keep):
-    """A state dict whose tensors all processes put together, on the CPU; None for them where they are not kept."""
-    if isinstance(state, dict):
-        return {name: gathered(x, keep) for name, x in state.items()}
-    whole = state.full_tensor() if hasattr(state, "full_tensor") else state
-    return whole if whole is state else whole.cpu() if keep else None
+def try_longest(objective, batches, scaler, amp, device):
+    """Forward and backward of the longest micro-batch that there can be, which changes nothing. Returns a line about its memory."""
+    reset_peak_memory(device)
+    before = peak_memory(device)
+    with memory_advice():
+        with amp():
+            loss = objective(batches.longest().to(device), 1)
+        scaler.scale(loss).backward()
+    objective.zero_grad(set_to_none=True)
+    moments = sum(p.numel() for p in objective.parameters() if p.requires_grad) * 8 / 2**30
+    if device.type == "cuda":
+        took = f"{peak_memory(device) / 2**30:.2f} GiB of {torch.cuda.mem_get_info(device)[1] / 2**30:.1f}"
+    else:
+        took = f"{(peak_memory(device) - before) / 2**30:.2f} GiB more than before"
+    return f"memory: the longest micro-batch took {took}; the optimizer adds {moments:.2f}"
 
 
-def scattered(state, optimizer):
-    """An optimizer's whole state dict with this process's parts of the tensors."""
-    from torch.distributed.tensor import distribute_tensor
-
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    part = lambda x, p: distribute_tensor(x, p.device_mesh, p.placements) if x.shape == p.shape else x
-    return state | {
-        "state": {i: {name: part(x, parameters[i]) for name, x in own.items()} for i, own in state["state"].items()}
-    }
-
-
-def say(*words):
-    if os.environ.get("RANK", "0") == "0":
-        tqdm.write(" ".join(map(str, words)))
-        sys.stdout.flush()
+def load_optimizer_state(model, optimizers, state):
+    if isinstance(state, list):  # a checkpoint of an earlier version
+        for optimizer, own in zip(optimizers, state):
+            optimizer.load_state_dict(own)
+        return
+    set_optimizer_state_dict(model, optimizers, state, options=WHOLE)
+    names = {p: name for name, p in model.named_parameters()}
+    for optimizer in optimizers:
+        for p in optimizer.state.keys() - {p for p, name in names.items() if name in state["state"]}:
+            del optimizer.state[p]  # made up by set_optimizer_state_dict for what was never trained
 
 
-def asking(record):
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
+PARTS = [("emb.",), ("forecast_head.",), *((f"encoder.{kind}.", f"adapter.{kind}.") for kind in MEDIA)]
+
+
+def parts_needed(batch):
+    """Which of PARTS a batch needs."""
+    return [len(batch.ids) > 0, len(batch.forecasts) > 0, *(kind in batch.media for kind in MEDIA)]
+
+
+def drop_unneeded_gradients(model, needed):
+    """Zeros, which DDP and FSDP make for the PARTS that no process needed, would be a step to AdamW; None is none."""
+    unneeded = tuple(name for names, n in zip(PARTS, needed) if not n for name in names)
+    for name, p in model.named_parameters():
+        if name.startswith(unneeded):
+            p.grad = None
+
+
+class Log:
+    """log.jsonl, a line for each step and each score. Losses stay on the GPU until `flush`, which waits for it."""
+
+    def __init__(self, path, first, writes):
+        """first: the step to go on from; what was logged after it will be done and logged again. writes: rank 0."""
+        self.path, self.pending, self.file, self.loss_ema, kept = path, [], None, None, []
+        with contextlib.suppress(FileNotFoundError), open(path) as f:
+            kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= first] if first else []
+        self.scored = bool(kept) and "val_loss" in json.loads(kept[-1])
+        if writes:
+            with open(path + ".partial", "w") as f:
+                f.writelines(kept)
+            os.replace(path + ".partial", path)
+            self.file = open(path, "a", buffering=1)
+
+    def write(self, **entry):
+        try:
+            if self.file:
+                print(json.dumps(entry), file=self.file)
+        except OSError as e:
+            raise InputError(f"could not write {self.path}: {e.strerror}; the last checkpoint is kept") from e
+
+    def step(self, loss, norm, **entry):
+        self.pending.append((loss, norm, entry))
+
+    def flush(self):
+        """Writes the pending steps; raises InputError at a loss that is not finite."""
+        if not self.pending:
+            return
+        losses, norms, entries = zip(*self.pending)
+        self.pending = []
+        values = torch.stack([torch.stack(losses), torch.stack(norms)], 1).tolist()
+        for (loss, norm), entry in zip(values, entries):
+            if not math.isfinite(loss):
+                raise InputError(
+                    f"the loss is {loss} at step {entry['step'] - 1}: try a lower --learning_rate; the last checkpoint is kept"
+                )
+            self.loss_ema = loss if self.loss_ema is None else 0.95 * self.loss_ema + 0.05 * loss
+            self.write(step=entry["step"], loss=loss, grad_norm=norm, **{k: v for k, v in entry.items() if k != "step"})
+
+
+@torch.no_grad()
+def evaluate(model, records, s, size, amp, n=None):
+    """(scores, records that were asked, their answers) of the first n held-out records, `size` samples at once."""
+    model.eval()
+    total, n_targets = 0.0, 0
+    samples = itertools.islice(held_out_samples(model, records, s.ctx_len), n)
+    with amp():
+        while part := list(itertools.islice(samples, size)):
+            batch = model.collate(part)
+            total += model.loss(batch, count=1).item()
+            n_targets += len(batch.n_targets)
+        if not n_targets:
+            raise InputError(f"there is nothing to predict in the first {n} held-out records")
+        asked = [record for record in records if record.get("conversations")][:n]
+        answers = ask(model, asked, size)
+    model.train()
+    return {"val_loss": total / n_targets, **score(asked, answers)}, asked, answers
+
+
+def describe(s, model, device, dtype, world, first):
+    """Prints what a run is made of."""
+    changed = [
+        f"--{f.name}={getattr(x, f.name)}"
+        for x in (s, model.config)
+        for f in fields(x)
+        if getattr(x, f.name) != f.default
+    ]
+    print0(f"settings: {' '.join(changed)}")
+    sizes = {name: p.numel() / 1e6 for name, p in model.named_parameters()}
+    language = sum(n for name, n in sizes.items() if not name.startswith(("encoder.", "adapter.", "forecast_head.")))
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    processes = f", {world} processes" if world > 1 else ""
+    c = model.config
+    print0(
+        f"model: {language:.2f} M parameters of RWKV-{c.rwkv} ({c.n_layer} layers x {c.n_embd}), {sum(sizes.values()) - language:.2f} M "
+        f"of encoders and adapters; {device}, {str(dtype)[6:]}{threads}{processes}"
+    )
+    then = f", from step {first} on" if first else ""
+    print0(f"training: {s.max_steps - first} steps of {s.batch_size} samples into {s.out_dir}{then}")
+
+
+def sample_command(record):
     """The flags of sample.py that ask what a record asks first."""
     if not record.get("conversations"):
         return "--series=NUMBERS.csv" if "target" in record else "--raw --temperature=0.8"
     question, _ = record_turns(record)[0]
     media = list(record_media(record))[: len(MARK.findall(question))]
-    files = {
-        kind: [os.path.relpath(path) if isinstance(path, str) else "NUMBERS.csv" for k, path in media if k == kind]
-        for kind, _ in media
-    }
+    words = []
+    for kind in MEDIA:
+        paths = [os.path.relpath(path) if isinstance(path, str) else "NUMBERS.csv" for k, path in media if k == kind]
+        words += [f"--{kind}={shlex.quote(','.join(paths))}"] if paths else []
     prompt = MARK.sub("", question).strip() if len(media) == 1 and MARK.match(question) else question
-    return " ".join(
-        [f"--{kind}={shlex.quote(','.join(paths))}" for kind, paths in files.items()]
-        + [f"--prompt={shlex.quote(prompt)}"] * bool(prompt)
-    )
+    return " ".join(words + ([f"--prompt={shlex.quote(prompt)}"] if prompt else []))
 
 
 def draw_curve(log, path):
+    """The losses of log.jsonl as a picture, where matplotlib is installed."""
     try:
         import matplotlib
     except ImportError:
@@ -484,232 +614,28 @@ def draw_curve(log, path):
         lines = [json.loads(line) for line in f]
     for key in ("loss", "val_loss"):
         points = [(x["step"], x[key]) for x in lines if key in x]
-        plt.plot(*zip(*points), label=key, alpha=0.9) if points else None
-    (
-        plt.xlabel("step"),
-        plt.ylabel("cross-entropy per answer token"),
-        plt.yscale("log"),
-        plt.grid(alpha=0.3),
-        plt.legend(),
-    )
-    plt.savefig(path, dpi=120), plt.close()
-
-
-def bench(device):
-    """The recurrence and a training step, by each of the three ways to compute them: medians of interleaved runs, as ratios to the loop."""
-    ways = {"wkv7_loop": modrwkv.wkv7_loop, "wkv7_chunked": modrwkv.wkv7_chunked}
-    if modrwkv.has_kernel(device.type):
-        ways["kernel.cu"] = modrwkv.wkv7
-    B, T, H, N = 4, 512, 4, 64
-    r, w, k, v, a, b, dy = torch.randn(7, B, T, H, N, device=device)
-    kk = torch.nn.functional.normalize(a, dim=-1)
-    inputs = [x.detach().requires_grad_() for x in (r, -0.6 * torch.sigmoid(w), 0.3 * k, v, -kk, kk * torch.sigmoid(b))]
-    config = Config(n_layer=4, n_embd=256, image_encoder="none")
-    model = ModRWKV(config).to(device)
-    samples = [[("answer", torch.randint(1, 257, (257,)).tolist())] for _ in range(4)]
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1))
-
-    def now():
-        if device.type != "cpu":
-            getattr(torch, device.type).synchronize()
-        return 1000 * time.perf_counter()
-
-    times = {way: ([], [], []) for way in ways}
-    for run, (way, wkv7) in itertools.product(range(12), ways.items()):
-        start = now()
-        y, _ = wkv7(*inputs)
-        middle = now()
-        torch.autograd.grad(y, inputs, dy)
-        if run > 1:  # the first ones warm up
-            times[way][0].append(middle - start), times[way][1].append(now() - start)
-        del y
-    for run, (way, modrwkv.wkv7) in itertools.product(range(8), ways.items()):
-        start = now()
-        model.loss(samples).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if run > 1:
-            times[way][2].append(now() - start)
-    say(f"{torch.get_num_threads()} threads, {device}" if device.type == "cpu" else torch.cuda.get_device_name(device))
-    for i, title in enumerate(
-        (
-            f"forward, {B} x {T} steps x {H} heads of {N}",
-            "forward + backward",
-            "training step, 4 layers x 256, 4 x 256 tokens",
-        )
-    ):
-        say(title)
-        medians = {way: statistics.median(spent[i]) for way, spent in times.items()}
-        for way, ms in medians.items():
-            say(f"  {way:14}{ms:8.1f} ms {medians['wkv7_loop'] / ms:6.1f} x")
-
-
-def rows(**flags):  # the first values, the second ones, ...
-    return [dict(zip(flags, values)) for values in zip(*flags.values(), strict=True)]
-
-
-ABLATIONS = {  # the flags of each row of a table
-    "data": rows(
-        rwkv=(5, 6, 6, 7), scan=("uni", "uni", "bi", "bi"), prompt_style=("first", "first", "sandwich", "sandwich")
-    ),  # VisualRWKV's table 1
-    "prompt": rows(rwkv=(6, 6, 6), scan=("bi", "bi", "bi"), prompt_style=("first", "last", "sandwich")),  # 3
-    "scan": rows(rwkv=(6, 6, 6), scan=("uni", "bi", "multi"), prompt_style=("sandwich", "sandwich", "sandwich")),  # 4
-    "adapter": rows(adapter_scale=(2, 4, 8)),  # ModRWKV's table 5
-    "conv": rows(conv_kernel=(0, 3, 4, 5), conv_stride=(1, 2, 3, 4)),  # 7
-}
-
-
-def ablate(s, settings):
-    """Trains each row of a table with three seeds, each run a process of its own into a folder of out_dir, and prints the table: % of
-    the held-out answers exact (or the loss, where nothing is asked) and milliseconds of training a sample, mean and standard deviation.
-    A run that is there already is not done again, one that was stopped goes on. settings: {name: value} for all of them.
-    On a CPU, runs go side by side, a thread each, which wastes nothing."""
-    if s.ablate not in ABLATIONS:
-        raise InputError(f"--ablate={s.ablate} is not one of {', '.join(ABLATIONS)}")
-
-    def run(row, seed):
-        """{column: number} of a row of ABLATIONS."""
-        folder = os.path.join(
-            s.out_dir, "_".join(map(str, (os.path.basename(s.data), *itertools.chain(*row.items()), seed)))
-        )
-
-        def log():
-            with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, "log.jsonl")) as f:
-                return [json.loads(line) for line in f]
-            return []
-
-        if not log() or "tasks" not in log()[-1] or log()[-1]["step"] < s.max_steps:
-            own = row | {"seed": seed, "out_dir": folder, "resume": os.path.exists(os.path.join(folder, "ckpt.pt"))}
-            command = [
-                sys.executable,
-                os.path.abspath(__file__),
-                *(f"--{name}={value}" for name, value in (settings | own).items()),
-            ]
-            os.makedirs(folder, exist_ok=True)
-            with open(os.path.join(folder, "said.txt"), "a") as out:
-                if subprocess.run(
-                    command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=out, stderr=out
-                ).returncode:
-                    raise InputError(f"the run into {folder} did not finish: {out.name} says why")
-        *steps, last = log()
-        ends = [x["seconds"] for x in steps if "seconds" in x]
-        score = (
-            {name: 100 * part["exact"] for name, part in {"all": last, **last["tasks"]}.items()}
-            if last["n"]
-            else {"loss": last["val_loss"]}
-        )
-        say(f"{folder}: " + ", ".join(f"{name} {value:.4g}" for name, value in score.items()))
-        return score | {
-            "ms a sample": 1000 / s.batch_size * statistics.median([b - a for a, b in zip(ends, ends[1:])] or ends)
-        }
-
-    find_data(s.data, s.val_data)  # prepared once
-    table, seeds = ABLATIONS[s.ablate], (1, 2, 3)
-    pool = ThreadPoolExecutor(torch.get_num_threads() if find_device(s.device).type == "cpu" else 1)
-    try:
-        scores = list(pool.map(run, *zip(*itertools.product(table, seeds))))
-    finally:
-        pool.shutdown(cancel_futures=True)
-    print(
-        f"| {'' if 'loss' in scores[0] else '% exact on '}{s.data} | {' | '.join(scores[0])} |\n{'|---' * (len(scores[0]) + 1)}|"
-    )
-    for i, row in enumerate(table):
-        of_row = [[run[name] for run in scores[len(seeds) * i : len(seeds) * (i + 1)]] for name in scores[0]]
-        digits = {name: 4 if name == "loss" else 1 for name in scores[0]}.values()
-        cells = [f"{statistics.mean(x):.{n}f} ± {statistics.stdev(x):.{n}f}" for n, x in zip(digits, of_row)]
-        print(f"| {', '.join(f'{name} {value}' for name, value in row.items())} | {' | '.join(cells)} |")
-
-
-def start(s, config, given, suited):
-    """(checkpoint to resume or None, settings, model), after a look at what was asked for by the flags `given`."""
-    ckpt_path = os.path.join(s.out_dir, "ckpt.pt")
-    names = {f.name for f in fields(Config)}
-    if s.resume:
-        ckpt = read_checkpoint(ckpt_path)
-        if "train" not in ckpt:
-            raise InputError(f"{ckpt_path} was not written by train.py: start from its weights with --init_from")
-        scratch = {"none", None, *ENCODERS["image"], *ENCODERS["audio"]}
-        moved = {
-            k: getattr(config, k)
-            for k in given & {"image_encoder", "audio_encoder"}
-            if not {ckpt["config"].get(k), getattr(config, k)} & scratch
-        }
-        wrong = [
-            k
-            for k in given & names - set(moved)
-            if ckpt["config"].get(k, Config.__dataclass_fields__[k].default) != getattr(config, k)
-        ]
-        if wrong:
-            raise InputError(
-                f"{ckpt_path} was trained with {wrong[0]}={ckpt['config'].get(wrong[0])}: choose another --out_dir to change that"
-            )
-        old = {k: v for k, v in ckpt["train"].items() if k not in given}
-        return ckpt, Train(**asdict(s) | old | {"resume": True, "out_dir": s.out_dir}), build(ckpt, ckpt_path, **moved)
-    if os.path.exists(ckpt_path):
-        raise InputError(f"{ckpt_path} exists: go on training it with --resume, or choose another --out_dir")
-    if s.init_from:
-        ckpt = read_checkpoint(s.init_from)
-        missing = {
-            k for k in suited.keys() & names if k.endswith("_encoder") and ckpt["config"].get(k, "none") == "none"
-        }  # the data takes them
-        if all(
-            ckpt["config"].get(f"{kind}_encoder", "none") == "none" for kind in MEDIA
-        ):  # a language model alone: how they are made, too
-            missing |= suited.keys() & names - {"n_layer"}
-        model = build(ckpt, s.init_from, **{k: getattr(config, k) for k in given & names | missing})
-        timed = any(name.startswith("encoder.series.") for name in ckpt["model"])
-        wrong = [k for k in given & names if getattr(model.config, k) != getattr(config, k)]
-        if wrong:
-            raise InputError(
-                f"{s.init_from} has {wrong[0]}={getattr(model.config, wrong[0])}, not {getattr(config, wrong[0])}"
-            )
-    else:
-        model, timed = ModRWKV(config), False
-    if model.config.series_encoder == "timer" and (s.timer_weights or not timed):
-        if not s.timer_weights:
-            raise InputError(
-                "--series_encoder=timer is pretrained: name its weights with --timer_weights=model.safetensors"
-            )
-        read_timer(model.encoder["series"], s.timer_weights)
-    return None, s, model
+        if points:
+            plt.plot(*zip(*points), label=key, alpha=0.9)
+    plt.xlabel("step")
+    plt.ylabel("cross-entropy per answer token")
+    plt.yscale("log")
+    plt.grid(alpha=0.3)
+    plt.legend()
+    plt.savefig(path, dpi=120)
+    plt.close()
 
 
 def main(argv=None):
-    s, config, given = flags(__doc__, Train, Config, argv=argv)
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    choices = dict(
-        phase=("adapter", "all"),
-        schedule=("wsd", "cosine", "constant"),
-        loss_reduction=("token", "sample"),
-        optimizer=("adamw", "muon"),
-    )
-    for name, known in choices.items():
-        if getattr(s, name) not in known:
-            raise InputError(f"--{name}={getattr(s, name)} is not one of {', '.join(known)}")
-    for name in ("max_steps", "batch_size", "grad_accum", "ctx_len", "eval_interval", "eval_samples", "save_interval"):
-        if getattr(s, name) < 1:
-            raise InputError(f"--{name}={getattr(s, name)} is not at least 1")
-    device = find_device(
-        f"cuda:{os.environ['LOCAL_RANK']}"
-        if world > 1 and torch.cuda.is_available() and s.device in ("auto", "cuda")
-        else s.device
-    )
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    s, config, given = flags(__doc__, Train, Config, argv=argv, presets=presets)
+    rank, world, device = start_process(s)
     torch.manual_seed(s.seed)
 
-    if s.bench:
-        return bench(device)
-    suited = {}
-    for data in s.data.split(","):
-        suited |= {name: value for name, value in SUITED.get(data, {}).items() if value != "none" or name not in suited}
-    for name in suited.keys() - given:
-        setattr(s if hasattr(s, name) else config, name, suited[name])
-    if s.ablate:
-        return ablate(
-            s, {name: value for name, value in (asdict(s) | asdict(config)).items() if name in given - {"ablate"}}
-        )
-    ckpt, s, model = start(s, config, given, suited)
+    # the run to go on with, or a new one
+    ckpt_path, ckpt = os.path.join(s.out_dir, "ckpt.pt"), None
+    if s.resume:
+        ckpt, s = read_run(s, given)
+    elif os.path.exists(ckpt_path):
+        raise InputError(f"{ckpt_path} exists: go on training it with --resume, or choose another --out_dir")
     if s.batch_size % (world * s.grad_accum):
         raise InputError(
             f"--batch_size={s.batch_size} is not a multiple of {world} process(es) x --grad_accum={s.grad_accum}"
@@ -717,226 +643,188 @@ def main(argv=None):
     if s.shard and "shard" in given and world == 1:
         raise InputError("--shard is for several processes: torchrun --nproc_per_node=2 train.py ...")
     sharded = s.shard and world > 1  # one process may go on with a sharded run
-    if world > 1:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=1)
-        )  # the first one scores alone
+    micro_size = s.batch_size // (world * s.grad_accum)
     if rank == 0:
         try:
             os.makedirs(s.out_dir, exist_ok=True)
         except OSError as e:
             raise InputError(f"--out_dir={s.out_dir} cannot be made: {e.strerror}") from e
-        paths, held_out = find_data(s.data, s.val_data)
-    if world > 1:  # the first process prepares, the others wait
-        dist.barrier()
-        paths, held_out = find_data(s.data, s.val_data)
-    records = [record for path in paths for record in read_records(path)]
-    val = [
-        record for of_each in itertools.zip_longest(*map(read_records, held_out)) for record in of_each if record
-    ]  # in turns
-    if not val:
-        val = records[::20]
-        records = [r for i, r in enumerate(records) if i % 20] or records
-    if any(record.get("audio") for record in val):
-        errors([("a", "a")])  # better to miss jiwer now than when the answers are scored
-    say(
-        f"data: {len(records):,} records to learn from ({', '.join(map(os.path.relpath, paths))}), {len(val):,} held out"
-    )
 
-    model.to(device).train()
-    model.checkpoint_activations, bf16 = s.checkpoint_activations, precision(s.dtype, device)
+    # data and model
+    records, val = read_data(s, rank, world)
+    model = start_model(s, config, given, records, ckpt).train()
+    model.checkpoint_activations, model.feature_cache = s.checkpoint_activations, s.feature_cache
     freeze(model, s.phase, s.freeze)
-    batches, parts = Batches(records, s, model), world if sharded else 1
-    need = step_memory(model, batches.longest(s.batch_size // (world * s.grad_accum)), bf16, parts, s.grad_accum > 1)
-    model.feature_cache = s.feature_cache
-    needed = f"memory: about {need / 2**30:.2g} GiB without what encoders make, of {memory(device) / 2**30:.3g}"
-    if need > memory(device):
-        raise InputError(
-            f"{needed}: take a larger --grad_accum, a smaller --batch_size, --checkpoint_activations, or --shard under torchrun"
-        )
-    objective, whole = Loss(model, s), model  # what is trained; what is scored and saved
+    (model.encoder if sharded else model).to(device)  # of a sharded model, each block goes there in parts
+    if s.feature_cache:
+        cache_media(model, (records + val)[rank::world])
+        if world > 1:
+            dist.barrier()
+    batches = Batches(records, s, model, rank, world)
+
+    # precision: float16 needs its gradients scaled
+    dtype = autocast_dtype(s.dtype, device)
+    mixed = dtype != torch.float32
+    amp = functools.partial(
+        torch.autocast, device.type, dtype if mixed else torch.bfloat16, enabled=mixed, cache_enabled=not sharded
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    # one process, several with the same weights (DDP), or several with a part of them each (FSDP2)
+    objective = Loss(model, s)
+    compiled = s.compile
+    if compiled is None:
+        compiled = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    if compiled:
+        for block in model.blocks:
+            block.compile(dynamic=True)
     if sharded:
-        whole = copy.deepcopy(model).cpu() if rank == 0 else None
         shard(objective, device, world)
     elif world > 1:
         objective = DistributedDataParallel(objective, find_unused_parameters=True)
+
+    # AdamW, and Muon for matrices
     groups = parameter_groups(model, s.weight_decay, s.decay_lr, s.optimizer == "muon")
-    optimizers = [
-        torch.optim.AdamW(groups[:3], betas=(s.beta1, s.beta2), eps=s.adam_eps, fused=device.type in ("cpu", "cuda"))
-    ]
+    fused = device.type in ("cpu", "cuda")
+    optimizers = [torch.optim.AdamW(groups[:3], betas=(s.beta1, s.beta2), eps=s.adam_eps, fused=fused)]
     optimizers += [torch.optim.Muon([group], adjust_lr_fn="match_rms_adamw") for group in groups[3:]]
-    first, kept = 0, []
-    log_path, ckpt_path = os.path.join(s.out_dir, "log.jsonl"), os.path.join(s.out_dir, "ckpt.pt")
+    first = 0
     if ckpt:
         first = ckpt["step"]
-        for optimizer, state in zip(optimizers, ckpt["optimizer"]):
-            optimizer.load_state_dict(scattered(state, optimizer) if sharded else state)
+        load_optimizer_state(model, optimizers, ckpt["optimizer"])
+        if ckpt.get("scaler"):
+            scaler.load_state_dict(ckpt["scaler"])
         torch.set_rng_state(ckpt["rng"])
-        with (
-            contextlib.suppress(FileNotFoundError),
-            open(log_path) as f,
-        ):  # what was logged after the checkpoint will be done and logged again
-            kept = [line for line in f if line.endswith("\n") and json.loads(line)["step"] <= first]
-        if first > s.max_steps or first == s.max_steps and kept and "val_loss" in json.loads(kept[-1]):
-            raise InputError(f"{ckpt_path} has already done {first} steps: ask for more with --max_steps")
-    if rank == 0:
-        with open(log_path + ".partial", "w") as f:
-            f.writelines(kept)
-        os.replace(log_path + ".partial", log_path)
-    log = open(log_path, "a", buffering=1) if rank == 0 else None
+    log = Log(os.path.join(s.out_dir, "log.jsonl"), first, rank == 0)
+    if first > s.max_steps or first == s.max_steps and log.scored:
+        raise InputError(f"{ckpt_path} has already done {first} steps: ask for more with --max_steps")
 
-    def note(**entry):
-        try:
-            print(json.dumps(entry), file=log)
-        except OSError as e:
-            raise InputError(
-                f"could not write {log_path}: {e.strerror}; the checkpoint of before is still there"
-            ) from e
+    describe(s, model, device, dtype, world, first)
+    print0(try_longest(objective, batches, scaler, amp, device))
+    ckpt = None  # its weights are the model's now
 
-    millions = lambda part: sum(p.numel() for n, p in model.named_parameters() if part(n)) / 1e6
-    language = lambda n: not n.startswith(("encoder.", "adapter.", "forecast_head."))
-    say(
-        f"model: {millions(language):.2f} M parameters of RWKV-{model.config.rwkv} ({model.config.n_layer} layers x {model.config.n_embd}), "
-        f"{millions(lambda n: not language(n)):.2f} M of encoders and adapters; {device}, {'bfloat16' if bf16 else 'float32'}"
-        + (f", {torch.get_num_threads()} threads" if device.type == "cpu" else "")
-        + (f", {world} processes" if world > 1 else "")
-    )
-    say(needed)
-    say(
-        f"training: {s.max_steps - first} steps of {s.batch_size} samples into {s.out_dir}"
-        + (f", from step {first} on" if first else "")
-    )
-
-    def gather():
-        """Brings the whole model up to date; all processes have to be here."""
-        if sharded:
-            state = gathered(model.state_dict(), rank == 0)
-            if rank == 0:
-                whole.load_state_dict(state)
-
-    def checkpoint(step):
-        states = [gathered(optimizer.state_dict(), rank == 0) for optimizer in optimizers]
+    def save_checkpoint(step):
+        state = {
+            "model": get_model_state_dict(model, options=WHOLE),
+            "config": asdict(model.config),
+            "optimizer": get_optimizer_state_dict(model, optimizers, options=WHOLE),
+            "scaler": scaler.state_dict(),
+            "rng": torch.get_rng_state(),
+            "step": step,
+            "train": asdict(s),
+        }
         if rank == 0:
-            save(ckpt_path, whole, optimizer=states, rng=torch.get_rng_state(), step=step, train=asdict(s))
+            write(ckpt_path, state)
 
-    @torch.no_grad()
-    def evaluate(step, n):
-        """Loss and score on the first n held-out records; logged, and returned for the report."""
-        whole.to(device).eval()
-        samples = held_out_samples(whole, val, s.ctx_len, n)
-        parts = [samples[i : i + s.batch_size] for i in range(0, len(samples), s.batch_size)]
-        losses = [whole.loss(part).item() for part in parts]
-        counts = [sum(map(learned_tokens, part)) for part in parts]
-        if not sum(counts):
-            raise InputError(f"there is nothing to predict in the first {n} held-out records")
-        asked = [r for r in val if r.get("conversations")][:n]
-        answers = ask(whole, asked)
-        whole.to("cpu" if sharded else device).train()
-        result = {"val_loss": sum(a * b for a, b in zip(losses, counts)) / sum(counts), **score(asked, answers)}
-        note(step=step, **result)
-        return result, asked, answers
+    def score_held_out(step, n):
+        """Logged; a sharded model is scored by all processes at once, any other by the first one."""
+        if rank > 0 and not sharded:
+            return None
+        if sharded:
+            objective.unshard()  # what is outside of the blocks
+        eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
+        with eager, memory_advice():
+            scores, asked, answers = evaluate(model, val, s, s.eval_batch_size or micro_size, amp, n)
+        if sharded:
+            objective.reshard()
+        log.write(step=step, **scores)
+        return scores, asked, answers
 
-    pool = ThreadPoolExecutor(1)
-    coming = pool.submit(batches, first, rank, world)
-    bar = tqdm(
-        range(first, s.max_steps),
-        initial=first,
-        total=s.max_steps,
-        disable=rank > 0,
-        unit="step",
-        mininterval=0.5 if sys.stderr.isatty() else 30,
+    workers = s.num_workers if s.num_workers >= 0 else min(4, max(1, os.cpu_count() // world - 1))
+    loader = DataLoader(
+        batches,
+        batch_size=None,
+        sampler=range(first, s.max_steps),
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),
     )
-    units = (
-        learned_tokens if s.loss_reduction == "token" else lambda sample: learned_tokens(sample) > 0
-    )  # what the loss is a mean over
-    began, tokens, smooth = time.time(), 0, None
-    step = first
+    interval = 0.5 if sys.stderr.isatty() else 30
+    bar = tqdm(loader, initial=first, total=s.max_steps, disable=rank > 0, unit="step", mininterval=interval)
+    t0, tokens = time.time(), 0
     try:
-        for step in bar:
-            micro = coming.result()
-            if step + 1 < s.max_steps:
-                coming = pool.submit(batches, step + 1, rank, world)
+        for step, micro_batches in enumerate(bar, first):
+            if isinstance(micro_batches, InputError):
+                raise micro_batches
+
+            # counts over all micro-batches and processes, made on the CPU: the loss is a mean over them
             counts = [
-                [units(x), model.length(x), *(kind in dict(x) for kind in KINDS)] for batch in micro for x in batch
+                [
+                    len(batch.n_targets) if s.loss_reduction == "token" else batch.n_samples,
+                    int(batch.lengths.sum()),
+                    *parts_needed(batch),
+                ]
+                for batch in micro_batches
             ]
-            counts = torch.tensor(counts, device=device).sum(0)
+            counts = torch.tensor(counts).sum(0)
             if world > 1:
                 dist.all_reduce(counts)
-            learned, seen, *there = counts.tolist()
+            n, n_tokens, *needed = counts.tolist()
+
+            # forward and backward, micro-batch by micro-batch
             loss_sum = torch.zeros((), device=device)
-            for i, samples in enumerate(micro):
-                last = (
-                    i == len(micro) - 1
-                )  # gradients are exchanged with the last micro-batch; sharded ones with each, or they would be whole till then
-                quiet = contextlib.nullcontext() if world == 1 or sharded or last else objective.no_sync()
-                with quiet, torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=not sharded):
-                    loss = objective(samples, learned)
-                (loss * world).backward()  # DDP and FSDP average over ranks, the loss is a sum over them
+            for i, batch in enumerate(micro_batches):
+                # DDP exchanges gradients with the last one; FSDP with each, or they would be whole till then
+                waits = world > 1 and not sharded and i < len(micro_batches) - 1
+                with memory_advice(), objective.no_sync() if waits else contextlib.nullcontext():
+                    with amp():
+                        loss = objective(batch.to(device), n)
+                    scaler.scale(
+                        loss * world
+                    ).backward()  # DDP and FSDP average over ranks, the loss is a sum over them
                 loss_sum += loss.detach()
             if world > 1:
                 dist.all_reduce(loss_sum)
-            loss = loss_sum.item()
-            if not math.isfinite(loss):
-                raise InputError(
-                    f"the loss is {loss} at step {step}: try a lower --learning_rate; the checkpoint before it is kept"
-                )
-            for (
-                name,
-                p,
-            ) in model.named_parameters():  # zeros, which keep the processes together, would be a step to AdamW
-                if not any(
-                    n
-                    for kind, n in zip(KINDS, there)
-                    if kind in next((NEED[part] for part in NEED if name.startswith(part + ".")), KINDS)
-                ):
-                    p.grad = None
-            norm = gathered(torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf), True)
+                drop_unneeded_gradients(model, needed)
+
+            # one optimizer step
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
+            norm = norm.full_tensor() if sharded else norm
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, s) * group["lr_scale"]
-                optimizer.step()
+                with memory_advice():
+                    scaler.step(optimizer)
                 optimizer.zero_grad(set_to_none=True)
+            scaler.update()
 
-            scores, saves = ((step + 1) % n == 0 for n in (s.eval_interval, s.save_interval))
-            end = step + 1 == s.max_steps
-            if scores or saves or end:
-                gather()
-            if rank == 0:
-                tokens, smooth = tokens + seen, loss if smooth is None else 0.95 * smooth + 0.05 * loss
-                bar.set_postfix_str(f"loss {smooth:.3f}, {tokens / (time.time() - began):,.0f} tokens/s", refresh=False)
-                note(
-                    step=step + 1,
-                    loss=loss,
-                    lr=learning_rate(step, s),
-                    grad_norm=norm.item(),
-                    tokens=seen,
-                    seconds=time.time() - began,
-                )
-                if scores and not end:
-                    result, _, _ = evaluate(step + 1, s.eval_samples)
-                    exact = f", {100 * result['exact']:.1f} % of {result['n']} answers exact" if result["n"] else ""
-                    say(f"step {step + 1}: held-out loss {result['val_loss']:.4f}{exact}")
-            if saves or end:
-                checkpoint(step + 1)
+            # log: only here does the CPU wait for the GPU
+            done = step + 1
+            ends = done == s.max_steps
+            scores = done % s.eval_interval == 0 and not ends
+            saves = done % s.save_interval == 0 or ends
+            tokens += n_tokens
+            seconds = time.time() - t0
+            log.step(loss_sum, norm, step=done, lr=learning_rate(step, s), tokens=n_tokens, seconds=seconds)
+            if done % s.log_interval == 0 or scores or saves:
+                log.flush()
+                bar.set_postfix_str(f"loss {log.loss_ema:.3f}, {tokens / seconds:,.0f} tokens/s", refresh=False)
+
+            # score and save
+            if scores and (result := score_held_out(done, s.eval_samples)):
+                scores, *_ = result
+                exact = f", {100 * scores['exact']:.1f} % of {scores['n']} answers exact" if scores["n"] else ""
+                print0(f"step {done}: held-out loss {scores['val_loss']:.4f}{exact}")
+            if saves:
+                save_checkpoint(done)
     except KeyboardInterrupt:
         bar.close()
-        again = (
-            f"go on with: python train.py --out_dir={s.out_dir} --resume"
-            if os.path.exists(ckpt_path)
-            else "before the first checkpoint"
-        )
-        say(f"stopped; {again}")
+        again = f"go on with: python train.py --out_dir={s.out_dir} --resume"
+        print0(f"stopped; {again if os.path.exists(ckpt_path) else 'before the first checkpoint'}")
         sys.exit(130)
-    finally:
-        pool.shutdown(cancel_futures=True)
     bar.close()
+
+    # the score on all held-out records
+    print0(f"trained in {time.time() - t0:.0f} s; scoring {len(val):,} held-out records ...")
+    result = score_held_out(s.max_steps, len(val))
     if rank == 0:
-        say(f"trained in {time.time() - began:.0f} s; scoring {len(val):,} held-out records ...")
-        result, asked, answers = evaluate(s.max_steps, len(val))
-        draw_curve(log_path, os.path.join(s.out_dir, "loss.png"))
-        say(f"held-out loss {result['val_loss']:.4f}")
+        scores, asked, answers = result
+        draw_curve(log.path, os.path.join(s.out_dir, "loss.png"))
+        print0(f"held-out loss {scores['val_loss']:.4f}")
         report(asked, answers)
-        say(f"Next, ask it yourself:\n    python sample.py --out_dir={s.out_dir} {asking(val[0])}")
+        print0(f"Next, ask it yourself:\n    python sample.py --out_dir={s.out_dir} {sample_command(val[0])}")
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
@@ -945,7 +833,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (InputError, OSError, torch.OutOfMemoryError) as e:
+    except (InputError, OSError) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
         sys.exit(130)
