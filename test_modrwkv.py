@@ -50,7 +50,17 @@ import train
 from data import ablate
 from data import records as data_records
 from data import scores as data_scores
-from data.media import LOADERS, cached, fingerprint, load_media, load_vision, read_series, read_sound, read_table
+from data.media import (
+    LOADERS,
+    cached,
+    fingerprint,
+    load_media,
+    load_pretrained_picture,
+    read_picture,
+    read_series,
+    read_sound,
+    read_table,
+)
 from data.records import (
     held_out_samples,
     learned_tokens,
@@ -1307,6 +1317,22 @@ def test_frames_are_those_of_whisper(n):
     assert ours.shape == theirs.shape and np.abs(ours.numpy() - theirs).max() < 1e-6
 
 
+def test_pictures_are_those_that_a_viewer_shows(tmp_path):
+    """Against the picture before it was stored turned (EXIF), or with a colour that is transparent; an EPS is no picture."""
+    image = noise(50, 40)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(read_picture(tmp_path / "turned.png"), image)
+    Image.new("RGB", (5, 4)).save(tmp_path / "clear.png", transparency=(0, 0, 0))
+    assert np.asarray(read_picture(tmp_path / "clear.png")).min() == 255
+    image.save(tmp_path / "program.eps")
+    (tmp_path / "program.eps").rename(tmp_path / "program.png")
+    assert "PNG" in refusal(read_picture, tmp_path / "program.png")
+    Image.fromarray(np.ones((4, 5), np.float32)).save(tmp_path / "float.tif")
+    assert "save it with 8" in refusal(read_picture, tmp_path / "float.tif")
+
+
 def test_no_sample_is_lost_and_the_shortest_sound_has_a_frame():
     encoder, x = MelEncoder(Config()), torch.zeros(1700)
     x[1650] = 1  # behind the last whole hop
@@ -1345,14 +1371,27 @@ def test_a_sound_that_is_cut_short_is_refused(tmp_path, kind, part):
     assert str(path) in refusal(read_sound, path, 16000)
 
 
+def test_sounds_with_odd_headers_and_channels(tmp_path):
+    """Against the samples that were written: what a header counts too much, and channels whose mean is silence."""
+    x = np.random.RandomState(0).randn(800).astype(np.float32) / 10
+    soundfile.write(tmp_path / "x.wav", x, 16000, "FLOAT")
+    data = (tmp_path / "x.wav").read_bytes()
+    at = data.index(b"data") + 4
+    for promised in (3200 + 44, 0x7FFFF000, 0xFFFFFFFF):  # the header itself, and streams
+        (tmp_path / "y.wav").write_bytes(data[:at] + promised.to_bytes(4, "little") + data[at + 4 :])
+        assert np.array_equal(read_sound(tmp_path / "y.wav", 16000), x)
+    soundfile.write(tmp_path / "z.wav", np.stack([x, -x], 1), 16000, "FLOAT")
+    assert np.array_equal(read_sound(tmp_path / "z.wav", 16000), x)
+
+
 def test_sounds_that_cannot_be_read(tmp_path):
     (tmp_path / "x.wav").write_bytes(b"no sound at all")
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
     for name, word in (
-        ("none.wav", "no such"),
+        ("none.wav", "No such file"),
         ("x.wav", "not a sound"),
         ("empty.wav", "no sound"),
-        ("", "not a sound"),
+        ("", "Is a directory"),
     ):
         message = refusal(load_media, MelEncoder(Config()), tmp_path / name)
         assert str(tmp_path / name) in message and word in message
@@ -3239,7 +3278,7 @@ def test_a_model_finds_its_encoder_again(folders, tmp_path, monkeypatch):
     learn(tmp_path / "plain", (data, data), *flags)
     loaded = []
     monkeypatch.setitem(
-        LOADERS, modrwkv.Vision, lambda encoder, path: loaded.append(path) or load_vision(encoder, path)
+        LOADERS, modrwkv.Vision, lambda encoder, path: loaded.append(path) or load_pretrained_picture(encoder, path)
     )
     for out in ("cold", "warm"):
         learn(tmp_path / out, (data, data), *flags, f"--feature_cache={tmp_path / 'cache'}")
@@ -3312,7 +3351,7 @@ def test_features_are_kept_only_while_they_are_true(folders, tmp_path):
     big = modrwkv.read_pretrained("image", folders("siglip"))
     big.models[0].post_layernorm.weight.data *= 1e6  # beyond float16
     assert keep(big).dtype == torch.float32 and keep(big).isfinite().all()
-    assert "x.jpg" in refusal(cached, encoder, "x.jpg", cache) and "no such" in refusal(cached, encoder, "x.jpg", cache)
+    assert "x.jpg" in refusal(cached, encoder, "x.jpg", cache) and "No such" in refusal(cached, encoder, "x.jpg", cache)
     assert "--feature_cache" in refusal(cached, encoder, str(tmp_path / "x.png"), str(file) + "/no")
 
 
