@@ -47,7 +47,7 @@ from data.records import (
 )
 from data.released import read_checkpoint
 from data.scores import errors, report, score
-from data.text import MARK
+from data.text import PLACEHOLDER
 from modrwkv import (
     ENCODERS,
     MEDIA,
@@ -421,12 +421,12 @@ def asking(record):
     if not record.get("conversations"):
         return "--series=NUMBERS.csv" if "target" in record else "--raw --temperature=0.8"
     question, _ = record_turns(record)[0]
-    media = list(record_media(record))[: len(MARK.findall(question))]
+    media = list(record_media(record))[: len(PLACEHOLDER.findall(question))]
     files = {
         kind: [os.path.relpath(path) if isinstance(path, str) else "NUMBERS.csv" for k, path in media if k == kind]
         for kind, _ in media
     }
-    prompt = MARK.sub("", question).strip() if len(media) == 1 and MARK.match(question) else question
+    prompt = PLACEHOLDER.sub("", question).strip() if len(media) == 1 and PLACEHOLDER.match(question) else question
     return " ".join(
         [f"--{kind}={shlex.quote(','.join(paths))}" for kind, paths in files.items()]
         + [f"--prompt={shlex.quote(prompt)}"] * bool(prompt)

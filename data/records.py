@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from data.media import cached, load_media, read_series
-from data.text import MARK, conversation, get_tokenizer
+from data.text import PLACEHOLDER, conversation, get_tokenizer
 from modrwkv import ENCODERS, MEDIA, InputError, Pretrained
 
 
@@ -63,7 +63,7 @@ def record_files(record, kind):
 def record_media(record):
     """[(kind, path or numbers)] of a record, in the order of its marks; paths are relative to the record's file."""
     files = {kind: list(record_files(record, kind)) for kind in MEDIA}
-    marks = [mark[1:-1] for mark in MARK.findall("".join(question for question, _ in record_turns(record)))]
+    marks = [mark[1:-1] for mark in PLACEHOLDER.findall("".join(question for question, _ in record_turns(record)))]
     found = [(kind, files[kind].pop(0)) for kind in marks]
     return [(kind, file if is_numbers(file) else os.path.join(record["_folder"], file)) for kind, file in found]
 
@@ -158,7 +158,7 @@ def question(model, prompt, media=(), first=True):
         if missing < 0:
             raise InputError(f"the prompt has {-missing} <{kind}> more than there are {kind} files")
         prompt = f"<{kind}>\n" * missing + prompt
-    return segments(model, [(prompt, None)], [files[mark[1:-1]].pop(0) for mark in MARK.findall(prompt)], first)
+    return segments(model, [(prompt, None)], [files[mark[1:-1]].pop(0) for mark in PLACEHOLDER.findall(prompt)], first)
 
 
 def rough_length(record):

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from data.media import read_series, read_table
 from data.records import read_records, record_media, record_turns
-from data.text import MARK
+from data.text import PLACEHOLDER
 from modrwkv import InputError, normalise
 
 
@@ -80,7 +80,7 @@ def report(records, answers, examples=6):
     step = max(1, len(rows) // examples)
     for (record, question, truth), answer in list(zip(rows, answers))[::step][:examples]:
         paths = " ".join(os.path.relpath(path) for _, path in record_media(record) if isinstance(path, str))
-        question = " ".join(MARK.sub("", question).split())
+        question = " ".join(PLACEHOLDER.sub("", question).split())
         print(
             f"  {'ok ' if answer == truth.strip() else 'NO '} {paths}  {question}  {answer!r}, truth {truth.strip()!r}"
         )
