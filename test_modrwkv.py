@@ -368,6 +368,23 @@ def test_records_as_llava_writes_them(tmp_path, model):
         assert record_sample(model, more) == [("answer", [101, 0])]
 
 
+def test_records_are_told_by_what_a_file_holds(tmp_path, model):
+    """A list, one a line, a text, a byte order mark: against the record that was written; without private keys it is a sample."""
+    record = talk("What?", "A thing.")
+    contents = {"list.jsonl": json.dumps([record]), "lines.json": "\n" + json.dumps(record) + "\n"}
+    for name, content in contents.items():
+        (tmp_path / name).write_text("\ufeff" + content, encoding="utf-8")
+        [got] = read_records(tmp_path / name)
+        assert got["conversations"] == record["conversations"] and got["_folder"] == str(tmp_path)
+        assert record_sample(model, got) == record_sample(model, record)
+    (tmp_path / "x.txt").write_text("[a\n")
+    assert read_records(tmp_path / "x.txt")[0]["text"] == "[a\n"
+    assert "no media" in refusal(read_records, jsonl(tmp_path / "x.jsonl", {"text": "a", "image": "x.png"}))
+    for n, line in enumerate(("[" * 100000, '{"target": [1, 2' + "0" * 5000 + "]}", "\0")):
+        (tmp_path / f"{n}.jsonl").write_text('{"text": "a"}\n' + line)
+        assert f"{n}.jsonl, line 2, is not JSON" in refusal(read_records, tmp_path / f"{n}.jsonl")
+
+
 def test_question_puts_pictures_first(tmp_path, model):
     path = stored(drawing(), tmp_path / "x.png")
     segments = data_records.question(model, "What?", [("image", path)])
