@@ -4519,15 +4519,14 @@ def test_a_table_runs_each_row_with_three_seeds(table, rows, tmp_path, monkeypat
         steps = [
             {"step": n, "loss": 1.0, "seconds": 5.0 + 3.2 * n + (n == 4)} for n in range(7)
         ]  # the evaluation behind one step is none of its time
-        (out / "ckpt.pt").touch()
+        torch.save({"train": {"batch_size": 64, "max_steps": 7}}, out / "ckpt.pt")
         (out / "log.jsonl").write_text(
             "{" if broken else "".join(json.dumps(x) + "\n" for x in (*steps, {"step": 7, **score}))
         )
         return SimpleNamespace(returncode=int(bool(broken)))
 
     monkeypatch.setattr(ablate.subprocess, "run", play)
-    monkeypatch.setattr(ablate, "find_data", lambda *names: None)
-    argv = [table, f"--out_dir={tmp_path}", "--max_steps=7", "--seed", "9"]
+    argv = [table, "--data=x.jsonl", f"--out_dir={tmp_path}", "--max_steps=7", "--seed=9"]
     assert "_2 did not finish" in refusal(ablate.main, argv) and "said.txt" in refusal(ablate.main, argv)
     fail.clear()
     done = sum((folder / "log.jsonl").read_text() != "{" for folder in tmp_path.iterdir())
@@ -4543,14 +4542,18 @@ def test_a_table_runs_each_row_with_three_seeds(table, rows, tmp_path, monkeypat
     }
     head, line, *lines = capsys.readouterr().out.splitlines()[-rows - 2 :]
     assert head == (
-        "| digits | loss | ms a sample |" if table == "adapter" else "| % exact on digits | all | read | ms a sample |"
+        "| x.jsonl | loss | ms a sample |"
+        if table == "adapter"
+        else "| % exact on x.jsonl | all | read | ms a sample |"
     )
     assert line == "|---" * (head.count("|") - 1) + "|"
     for text, row in zip(lines, ablate.ABLATIONS[table], strict=True):
         loss = f"{2 / row['adapter_scale']:.4f} ± {1 / row['adapter_scale']:.4f}" if table == "adapter" else ""
         score = loss or f"{20 + len(row.get('scan', '')):.1f} ± 10.0 | 50.0 ± 0.0"
         assert text == f"| {', '.join(f'{name} {value}' for name, value in row.items())} | {score} | 50.0 ± 0.0 |"
-    assert "x is not one of data, prompt" in refusal(ablate.main, ["x"])
+    with pytest.raises(SystemExit):
+        ablate.main(["x"])
+    assert "invalid choice: 'x'" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="session")

@@ -197,7 +197,7 @@ def cut(model, record, ctx_len):
 
 
 def learned_tokens(sample):
-    """How many tokens are predicted: the answers', but for a first one that nothing precedes; or forecasting vectors."""
+    """How many tokens are predicted: the answers', but for a first one that nothing precedes; or forecasts."""
     kind, data = sample[0]
     if kind == "forecast":
         return int((~data[1].isnan()).any(1).sum())

@@ -177,7 +177,7 @@ def naive_methods(lookback, horizon):
 
 
 def ridge(lookback, horizon, path, strength=3000.0, windows=20000):
-    """(lookback + 1, horizon): ridge regression on windows of the series in `path`, each normalised by its own lookback.
+    """(lookback + 1, horizon): ridge regression on windows of the series in path, each normalised by its lookback.
 
     None where they are too short.
     """
