@@ -41,7 +41,7 @@ def reading(path, what):
     """A block that reads a file: what goes wrong becomes an InputError, which says that the file is not `what`."""
     try:
         yield
-    except InputError:
+    except (InputError, MemoryError):
         raise
     except Exception as e:  # each library has its own kinds
         if isinstance(e, OSError) and e.strerror:

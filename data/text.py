@@ -196,7 +196,7 @@ class Answer:
 
 
 @torch.inference_mode()
-def generate_text(model, samples, state=None, max_new_tokens=256, end="", **how):
+def generate_text(model, samples, state=None, max_new_tokens=256, end="", **gen_kwargs):
     """ModRWKV.generate as text, each answer until `end` (by default the template's; None: no text ends it).
 
     Yields: at each step the list of new pieces of text, "" for samples at rest.
@@ -205,7 +205,7 @@ def generate_text(model, samples, state=None, max_new_tokens=256, end="", **how)
     tokenizer = get_tokenizer(model.config.tokenizer)
     end = TEMPLATES[model.config.template].end if end == "" else end or ""
     answers = [Answer(tokenizer, end) for _ in samples]
-    steps = model.generate(samples, state, max_new_tokens, end=(tokenizer.end,), **how)
+    steps = model.generate(samples, state, max_new_tokens, end=(tokenizer.end,), **gen_kwargs)
     tokens = next(steps)
     for step in itertools.count(1):
         pieces = []
