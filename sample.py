@@ -24,7 +24,7 @@ from data.media import read_series
 from data.records import question, read_records, record_media, record_turns, segments
 from data.released import load
 from data.scores import benchmark, report, score
-from data.text import MARK, generate_text, get_tokenizer
+from data.text import PLACEHOLDER, generate_text, get_tokenizer
 from modrwkv import MEDIA, InputError, check_settings, setting
 
 
@@ -131,7 +131,7 @@ def ask(model, records, batch_size=64, **how):
         media, turns = list(record_media(record)), record_turns(record)
         for i in range(len(turns)):
             asked = turns[:i] + [(turns[i][0], None)]
-            samples.append((asked, media[: len(MARK.findall("".join(q for q, _ in asked)))], record["_at"]))
+            samples.append((asked, media[: len(PLACEHOLDER.findall("".join(q for q, _ in asked)))], record["_at"]))
     answers = []
     for i in tqdm(
         range(0, len(samples), batch_size),

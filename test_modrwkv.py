@@ -59,8 +59,9 @@ from data.media import (
     feature_file,
     fingerprint,
     load_media,
-    load_vision,
+    load_pretrained_picture,
     read_features,
+    read_picture,
     read_series,
     read_sound,
     read_table,
@@ -387,6 +388,23 @@ def test_records_as_llava_writes_them(tmp_path, model):
             assert len(pictures) == 2 and torch.equal(pictures[0], x) and torch.equal(pictures[1], y)
         assert record_sample(model, text) == [("answer", [98, 99, 257, 100, 0])]  # all of it learned, id 0 ends it
         assert record_sample(model, more) == [("answer", [101, 0])]
+
+
+def test_records_are_told_by_what_a_file_holds(tmp_path, model):
+    """A list, one a line, a text, a byte order mark: against the record that was written; without private keys it is a sample."""
+    record = talk("What?", "A thing.")
+    contents = {"list.jsonl": json.dumps([record]), "lines.json": "\n" + json.dumps(record) + "\n"}
+    for name, content in contents.items():
+        (tmp_path / name).write_text("\ufeff" + content, encoding="utf-8")
+        [got] = read_records(tmp_path / name)
+        assert got["conversations"] == record["conversations"] and got["_folder"] == str(tmp_path)
+        assert record_sample(model, got) == record_sample(model, record)
+    (tmp_path / "x.txt").write_text("[a\n")
+    assert read_records(tmp_path / "x.txt")[0]["text"] == "[a\n"
+    assert "no media" in refusal(read_records, jsonl(tmp_path / "x.jsonl", {"text": "a", "image": "x.png"}))
+    for n, line in enumerate(("[" * 100000, '{"target": [1, 2' + "0" * 5000 + "]}", "\0")):
+        (tmp_path / f"{n}.jsonl").write_text('{"text": "a"}\n' + line)
+        assert f"{n}.jsonl, line 2, is not JSON" in refusal(read_records, tmp_path / f"{n}.jsonl")
 
 
 def test_question_puts_pictures_first(tmp_path, model):
@@ -1585,6 +1603,22 @@ def test_frames_are_those_of_whisper(n):
     assert ours.shape == theirs.shape and np.abs(ours.numpy() - theirs).max() < 1e-6
 
 
+def test_pictures_are_those_that_a_viewer_shows(tmp_path):
+    """Against the picture before it was stored turned (EXIF), or with a colour that is transparent; an EPS is no picture."""
+    image = noise(50, 40)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(read_picture(tmp_path / "turned.png"), image)
+    Image.new("RGB", (5, 4)).save(tmp_path / "clear.png", transparency=(0, 0, 0))
+    assert np.asarray(read_picture(tmp_path / "clear.png")).min() == 255
+    image.save(tmp_path / "program.eps")
+    (tmp_path / "program.eps").rename(tmp_path / "program.png")
+    assert "PNG" in refusal(read_picture, tmp_path / "program.png")
+    Image.fromarray(np.ones((4, 5), np.float32)).save(tmp_path / "float.tif")
+    assert "save it with 8" in refusal(read_picture, tmp_path / "float.tif")
+
+
 def test_no_sample_is_lost_and_the_shortest_sound_has_a_frame():
     encoder, x = MelEncoder(Config()), torch.zeros(1700)
     x[1650] = 1  # behind the last whole hop
@@ -1623,14 +1657,27 @@ def test_a_sound_that_is_cut_short_is_refused(tmp_path, kind, part):
     assert str(path) in refusal(read_sound, path, 16000)
 
 
+def test_sounds_with_odd_headers_and_channels(tmp_path):
+    """Against the samples that were written: what a header counts too much, and channels whose mean is silence."""
+    x = np.random.RandomState(0).randn(800).astype(np.float32) / 10
+    soundfile.write(tmp_path / "x.wav", x, 16000, "FLOAT")
+    data = (tmp_path / "x.wav").read_bytes()
+    at = data.index(b"data") + 4
+    for promised in (3200 + 44, 0x7FFFF000, 0xFFFFFFFF):  # the header itself, and streams
+        (tmp_path / "y.wav").write_bytes(data[:at] + promised.to_bytes(4, "little") + data[at + 4 :])
+        assert np.array_equal(read_sound(tmp_path / "y.wav", 16000), x)
+    soundfile.write(tmp_path / "z.wav", np.stack([x, -x], 1), 16000, "FLOAT")
+    assert np.array_equal(read_sound(tmp_path / "z.wav", 16000), x)
+
+
 def test_sounds_that_cannot_be_read(tmp_path):
     (tmp_path / "x.wav").write_bytes(b"no sound at all")
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
     for name, word in (
-        ("none.wav", "no such"),
+        ("none.wav", "No such file"),
         ("x.wav", "not a sound"),
         ("empty.wav", "no sound"),
-        ("", "not a sound"),
+        ("", "Is a directory"),
     ):
         message = refusal(load_media, MelEncoder(Config()), tmp_path / name)
         assert str(tmp_path / name) in message and word in message
@@ -3584,7 +3631,7 @@ def test_a_model_finds_its_encoder_again(folders, tmp_path, monkeypatch):
     learn(tmp_path / "plain", (data, data), *flags)
     loaded = []
     monkeypatch.setitem(
-        LOADERS, modrwkv.Vision, lambda encoder, path: loaded.append(path) or load_vision(encoder, path)
+        LOADERS, modrwkv.Vision, lambda encoder, path: loaded.append(path) or load_pretrained_picture(encoder, path)
     )
     for out in ("cold", "warm"):
         learn(tmp_path / out, (data, data), *flags, f"--feature_cache={tmp_path / 'cache'}")
@@ -4806,15 +4853,14 @@ def test_a_table_runs_each_row_with_three_seeds(table, rows, tmp_path, monkeypat
         steps = [
             {"step": n, "loss": 1.0, "seconds": 5.0 + 3.2 * n + (n == 4)} for n in range(7)
         ]  # the evaluation behind one step is none of its time
-        (out / "ckpt.pt").touch()
+        torch.save({"train": {"batch_size": 64, "max_steps": 7}}, out / "ckpt.pt")
         (out / "log.jsonl").write_text(
             "{" if broken else "".join(json.dumps(x) + "\n" for x in (*steps, {"step": 7, **score}))
         )
         return SimpleNamespace(returncode=int(bool(broken)))
 
     monkeypatch.setattr(ablate.subprocess, "run", play)
-    monkeypatch.setattr(ablate, "find_data", lambda *names: None)
-    argv = [table, f"--out_dir={tmp_path}", "--max_steps=7", "--seed", "9"]
+    argv = [table, "--data=x.jsonl", f"--out_dir={tmp_path}", "--max_steps=7", "--seed=9"]
     assert "_2 did not finish" in refusal(ablate.main, argv) and "said.txt" in refusal(ablate.main, argv)
     fail.clear()
     done = sum((folder / "log.jsonl").read_text() != "{" for folder in tmp_path.iterdir())
@@ -4830,14 +4876,18 @@ def test_a_table_runs_each_row_with_three_seeds(table, rows, tmp_path, monkeypat
     }
     head, line, *lines = capsys.readouterr().out.splitlines()[-rows - 2 :]
     assert head == (
-        "| digits | loss | ms a sample |" if table == "adapter" else "| % exact on digits | all | read | ms a sample |"
+        "| x.jsonl | loss | ms a sample |"
+        if table == "adapter"
+        else "| % exact on x.jsonl | all | read | ms a sample |"
     )
     assert line == "|---" * (head.count("|") - 1) + "|"
     for text, row in zip(lines, ablate.ABLATIONS[table], strict=True):
         loss = f"{2 / row['adapter_scale']:.4f} ± {1 / row['adapter_scale']:.4f}" if table == "adapter" else ""
         score = loss or f"{20 + len(row.get('scan', '')):.1f} ± 10.0 | 50.0 ± 0.0"
         assert text == f"| {', '.join(f'{name} {value}' for name, value in row.items())} | {score} | 50.0 ± 0.0 |"
-    assert "x is not one of data, prompt" in refusal(ablate.main, ["x"])
+    with pytest.raises(SystemExit):
+        ablate.main(["x"])
+    assert "invalid choice: 'x'" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="session")

@@ -48,7 +48,7 @@ from data.records import (
 )
 from data.released import read_checkpoint
 from data.scores import errors, report, score
-from data.text import MARK
+from data.text import PLACEHOLDER
 from modrwkv import (
     ENCODERS,
     MEDIA,
@@ -592,12 +592,12 @@ def sample_command(record):
     if not record.get("conversations"):
         return "--series=NUMBERS.csv" if "target" in record else "--raw --temperature=0.8"
     question, _ = record_turns(record)[0]
-    media = list(record_media(record))[: len(MARK.findall(question))]
+    media = list(record_media(record))[: len(PLACEHOLDER.findall(question))]
     words = []
     for kind in MEDIA:
         paths = [os.path.relpath(path) if isinstance(path, str) else "NUMBERS.csv" for k, path in media if k == kind]
         words += [f"--{kind}={shlex.quote(','.join(paths))}"] if paths else []
-    prompt = MARK.sub("", question).strip() if len(media) == 1 and MARK.match(question) else question
+    prompt = PLACEHOLDER.sub("", question).strip() if len(media) == 1 and PLACEHOLDER.match(question) else question
     return " ".join(words + ([f"--prompt={shlex.quote(prompt)}"] if prompt else []))
 
 
