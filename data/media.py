@@ -254,7 +254,7 @@ def load_media(encoder, path):
 
 
 def fingerprint(encoder):
-    """What is the same for the same weights, config and preparation alone, wherever they lie; copies without weights keep it."""
+    """A key, equal for equal weights, config and preparation, wherever they lie; copies without weights keep it."""
     if not hasattr(encoder, "fingerprint"):
         values = [
             p.flatten()[:: max(1, p.numel() // 64)].float().cpu().numpy().tobytes()
@@ -268,7 +268,7 @@ def fingerprint(encoder):
 
 
 def feature_file(encoder, path, folder):
-    """Where the features of a file are kept: another place when weights, config, preparation, or the file have changed."""
+    """Where the features of a file are kept: elsewhere when weights, config, preparation, or the file have changed."""
     stat = os.stat(path)
     key = f"{fingerprint(encoder)} {os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}"
     key = hashlib.sha256(key.encode()).hexdigest()
@@ -303,7 +303,7 @@ def write_features(file, features):
 
 @torch.no_grad()
 def cache_features(encoder, paths, folder, batch_size=16):
-    """Encodes the files that --feature_cache does not have yet; what is no file is left for its record to complain of."""
+    """Encodes the files that --feature_cache does not have yet; of what is no file its record will complain."""
     fingerprint(encoder)  # now, for copies of the encoder without weights
     paths = [path for path in dict.fromkeys(paths) if os.path.exists(path)]
     new = [path for path in paths if not os.path.exists(feature_file(encoder, path, folder))]

@@ -11,6 +11,8 @@ import itertools
 import json
 import math
 import os
+import subprocess
+import sys
 
 import soundfile
 import torch
@@ -181,7 +183,7 @@ def question(model, prompt, media=(), first=True):
 
 
 def rough_length(model, record, ctx_len):
-    """About how long a record is as a sequence: characters, and what the headers alone say of its pictures and sounds."""
+    """About how long a record is as a sequence: characters, and what headers say of its pictures and sounds."""
     n = min(len(record.get("text") or ""), ctx_len)
     n += sum(len(question) + len(answer) + 4 for question, answer in record_turns(record))
     for kind, path in record_media(record):
@@ -208,3 +210,63 @@ def held_out_samples(model, records, ctx_len):
             [(_, ids)] = sample
             for i in range(0, len(ids) - 1, ctx_len):
                 yield [("answer", ids[i : i + ctx_len + 1])]
+
+
+# --------------------------------------------------------------------------------------------------- data sets
+
+HERE = os.path.dirname(os.path.realpath(__file__))
+DATA_SETS = sorted(name for name in os.listdir(HERE) if os.path.exists(os.path.join(HERE, name, "prepare.py")))
+
+
+def data_set(name):
+    """The data set of data/ that is meant by its name or by any path of its folder, else ""."""
+    folder, base = os.path.split(os.path.realpath(name))
+    known = name if name in DATA_SETS else base if folder == HERE else ""
+    return known if known in DATA_SETS else ""
+
+
+def find_data(names, val=""):
+    """Paths of training and of held-out files; a data set of data/ that is not there yet is prepared."""
+    paths, held_out = [], [val] if val else []
+    for name in names.split(","):
+        known = data_set(name)
+        folder = os.path.join(HERE, known) if known else name
+        files = [os.path.join(folder, f"{part}.jsonl") for part in ("train", "val")]
+        if known and not all(map(os.path.exists, files)):
+            prepare(known)
+        if all(map(os.path.exists, files)):
+            paths.append(files[0])
+            held_out += [] if val else files[1:]
+        elif os.path.splitext(name)[1] in (".json", ".jsonl", ".txt"):
+            paths.append(name)
+        else:
+            raise InputError(
+                f"--data={name} is no .json, .jsonl or .txt file, no folder with train.jsonl and val.jsonl, "
+                f"and none of {', '.join(DATA_SETS)}"
+            )
+    return paths, held_out
+
+
+def prepare(name):
+    """Runs data/<name>/prepare.py."""
+    print(f"preparing data/{name} ...", flush=True)
+    code = subprocess.run([sys.executable, os.path.join(HERE, name, "prepare.py")]).returncode
+    if code == 2:  # argparse's: it takes a path
+        raise InputError(
+            f"data/{name} is made from files of your own: python data/{name}/prepare.py --help says from which"
+        )
+    if code:
+        raise InputError(f"data/{name}/prepare.py did not finish: see its message above")
+
+
+def read_data(paths, held_out):
+    """Records to learn from and held-out ones, of several files in turns; without files the 20th part of the others."""
+    records = [record for path in paths for record in read_records(path)]
+    val = [x for of_each in itertools.zip_longest(*map(read_records, held_out)) for x in of_each if x]
+    if not val and len(records) == 1 and "text" in records[0]:
+        [whole], n = records, max(1, len(records[0]["text"]) // 20)
+        records, val = [whole | {"text": whole["text"][:-n]}], [whole | {"text": whole["text"][-n:]}]
+    elif not val:
+        val = records[::20]
+        records = [record for i, record in enumerate(records) if i % 20] or records
+    return records, val

@@ -1,5 +1,6 @@
 """Scores: exact match and error rates of answers, and long-term forecasting beside naive methods."""
 
+import json
 import os
 import random
 import re
@@ -195,3 +196,27 @@ def ridge(lookback, horizon, path, strength=3000.0, windows=20000):
         ys.append(points[lookback:])
     x = torch.cat([torch.stack(xs), torch.ones(len(xs), 1)], 1).double()
     return torch.linalg.solve(x.T @ x + strength * torch.eye(lookback + 1), x.T @ torch.stack(ys).double())
+
+
+def draw_curve(log, path):
+    """The losses of log.jsonl as a picture, where matplotlib is installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    with open(log) as f:
+        lines = [json.loads(line) for line in f]
+    for key in ("loss", "val_loss"):
+        points = [(x["step"], x[key]) for x in lines if key in x]
+        if points:
+            plt.plot(*zip(*points), label=key, alpha=0.9)
+    plt.xlabel("step")
+    plt.ylabel("cross-entropy per answer token")
+    plt.yscale("log")
+    plt.grid(alpha=0.3)
+    plt.legend()
+    plt.savefig(path, dpi=120)
+    plt.close()
