@@ -1295,6 +1295,7 @@ class SpeechAdapter(nn.Module):
         return (n + 1) // 2 + 1
 
     def collate(self, lengths):
+        """rows and kept, as Adapter's."""
         return padded_rows(lengths), true_rows(length_mask([self.length(n) for n in lengths]))
 
     def forward(self, x, rows, kept):
