@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -23,11 +24,9 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import threading
 import time
 import zipfile
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -54,6 +53,7 @@ from data import scores as data_scores
 from data.media import (
     LOADERS,
     cache_features,
+    feature_file,
     fingerprint,
     load_media,
     load_vision,
@@ -61,6 +61,7 @@ from data.media import (
     read_series,
     read_sound,
     read_table,
+    write_features,
 )
 from data.records import (
     held_out_samples,
@@ -3510,6 +3511,7 @@ def test_a_model_finds_its_encoder_again(folders, tmp_path, monkeypatch):
         "--batch_size=8",
         "--level_steps=0",
         "--warmup_steps=1",
+        "--num_workers=0",
     )
     learn(tmp_path / "plain", (data, data), *flags)
     loaded = []
@@ -3540,77 +3542,66 @@ def test_a_model_finds_its_encoder_again(folders, tmp_path, monkeypatch):
     )
 
 
-def cached(encoder, path, folder):
-    cache_features(encoder, [path], folder)
-    return read_features(encoder, path, folder)
+@torch.no_grad()
+def test_features_are_used_only_while_they_are_true(folders, tmp_path):
+    """Against the encoder itself; a checksum finds each changed bit."""
+    encoder, cache, path = modrwkv.read_pretrained("image", folders("siglip")), tmp_path / "cache", tmp_path / "x.png"
 
+    def encoded(encoder=encoder):
+        cache_features(encoder, [path, path], cache)
+        return read_features(encoder, path, cache).vectors
 
-def test_features_are_kept_only_while_they_are_true(folders, tmp_path):
-    encoder, cache = modrwkv.read_pretrained("image", folders("siglip")), str(tmp_path / "cache")
-    noise(40, 50).save(tmp_path / "x.png")
-    keep = lambda encoder=encoder: cached(encoder, str(tmp_path / "x.png"), cache).vectors
-    files = lambda: sorted(path for path in Path(cache).rglob("*") if path.is_file())
-    first = keep()
-    [true] = features(encoder, [load_media(encoder, tmp_path / "x.png")])
-    assert first.dtype == torch.float16 and (first.float() - true).abs().max() <= true.abs().max() / 2000
-    assert torch.equal(keep(), first) and len(files()) == 1
-    [file] = files()
-    whole = file.read_bytes()
-    archive = io.BytesIO()
-    np.savez(archive, np.ones(3))
-    flipped = [whole[:i] + bytes([whole[i] ^ 1]) + whole[i + 1 :] for i in (0, 32, 40, 60, 200, len(whole) - 1)]
-    shapes = whole.replace(b"(16, 32)", b"(32, 16)"), whole.replace(b"(16, 32)", b"(9999999999, 32)")
-    for damage in (
-        b"",
-        whole[:100],
-        whole[:-7],
-        b"something else",
-        whole[32:],
-        archive.getvalue(),
-        b"PK\x03\x04",
-        *shapes,
-        *flipped,
-    ):
-        file.write_bytes(damage)
-        assert torch.equal(keep(), first) and file.read_bytes() == whole
-    noise(41, 50).save(tmp_path / "x.png")
-    assert not torch.equal(keep(), first) and len(files()) == 2
-    [new] = set(files()) - {file}
-    right = new.read_bytes()
-    new.write_bytes(whole)  # whole, but another picture's
-    assert not torch.equal(keep(), first) and new.read_bytes() == right
-    assert sorted(Path(cache).rglob("*.*")) == []  # nothing half written
-    changed = Path(shutil.copytree(folders("siglip"), tmp_path / "changed")) / "config.json"
-    assert fingerprint(modrwkv.read_pretrained("image", str(changed.parent))) == fingerprint(encoder)
-    changed.write_text(changed.read_text().replace("gelu_pytorch_tanh", "relu"))
-    assert fingerprint(modrwkv.read_pretrained("image", str(changed.parent))) != fingerprint(encoder)
-    other = modrwkv.read_pretrained("image", folders("siglip, both towers"))
-    assert (
-        fingerprint(other) != fingerprint(encoder) == fingerprint(modrwkv.read_pretrained("image", folders("siglip")))
-    )
-    assert not torch.equal(keep(other), keep()) and len(files()) == 3
-    big = modrwkv.read_pretrained("image", folders("siglip"))
-    big.models[0].post_layernorm.weight.data *= 1e6  # beyond float16
-    assert keep(big).dtype == torch.float32 and keep(big).isfinite().all()
-    assert "x.jpg" in refusal(cached, encoder, "x.jpg", cache) and "no such" in refusal(cached, encoder, "x.jpg", cache)
-    assert "--feature_cache" in refusal(cached, encoder, str(tmp_path / "x.png"), str(file) + "/no")
-
-
-def test_threads_keep_the_same_features_at_once(folders, tmp_path):
-    """As when records are loaded ahead while held-out ones are scored."""
-    encoder = modrwkv.read_pretrained("image", folders("siglip"))
-    path, gate = tmp_path / "x.png", threading.Barrier(4)
     noise(40, 50).save(path)
-    assert fingerprint(encoder)  # computed before, so that they meet where files are written
+    assert read_features(encoder, path, cache) is None
+    first, [true] = encoded(), features(encoder, [load_media(encoder, path)])
+    assert first.dtype == torch.float16 and (first.float() - true).abs().max() <= true.abs().max() / 2000
+    file = Path(feature_file(encoder, path, cache))
+    right, archive = file.read_bytes(), io.BytesIO()
+    np.savez(archive, np.ones(3))
+    damaged = [b"", right[:100], right[:-7], b"something else", right[32:], archive.getvalue(), b"PK\x03\x04"]
+    damaged += [right.replace(b"(16, 32)", shape) for shape in (b"(32, 16)", b"(9999999999, 32)")]
+    damaged += [right[:i] + bytes([right[i] ^ 1]) + right[i + 1 :] for i in (0, 32, 40, 60, 200, len(right) - 1)]
+    for content in damaged:
+        file.write_bytes(content)
+        assert read_features(encoder, path, cache) is None and not file.exists()
+    assert torch.equal(encoded(), first) and file.read_bytes() == right
+    noise(41, 50).save(path)  # another picture by the same name
+    assert read_features(encoder, path, cache) is None and not torch.equal(encoded(), first)
+    assert len([*cache.rglob("*.*")]) == 0 and len([x for x in cache.rglob("*") if x.is_file()]) == 2  # nothing partial
 
-    def at_once(folder):
-        gate.wait()
-        return cached(encoder, str(path), folder).vectors
+    copied = Path(shutil.copytree(folders("siglip"), tmp_path / "copied"))
+    anew = lambda: modrwkv.read_pretrained("image", str(copied))
+    assert fingerprint(anew()) == fingerprint(encoder)  # wherever it lies
+    for name, old, new in (("config.json", "gelu_pytorch_tanh", "relu"), ("preprocessor_config.json", "0.5", "0.4")):
+        content = (copied / name).read_text()
+        (copied / name).write_text(content.replace(old, new))
+        assert old in content and fingerprint(anew()) != fingerprint(encoder)
+        (copied / name).write_text(content)
+    big = anew()
+    big.models[0].post_layernorm.weight.data *= 1e6
+    assert fingerprint(big) != fingerprint(encoder)
+    assert encoded(big).dtype == torch.float32 and encoded(big).isfinite().all()  # beyond float16
+    assert "--feature_cache" in refusal(cache_features, encoder, [path], file / "no")
 
-    with ThreadPoolExecutor(4) as pool:
-        for i in range(20):
-            first, *others = pool.map(at_once, [str(tmp_path / f"{i}")] * 4)
-            assert all(torch.equal(first, other) for other in others)
+
+def test_processes_write_the_same_features_at_once(tmp_path):
+    """As the ranks of a run, or two runs, do."""
+    fork, file, x = multiprocessing.get_context("fork"), tmp_path / "ab" / "abcd", torch.randn(50, 32)
+    write_features(tmp_path / "right", x)
+    gate, right = fork.Barrier(4), (tmp_path / "right").read_bytes()
+
+    def write_and_read():
+        for i in range(50):
+            gate.wait(30)
+            write_features(f"{file}{i}", x)
+            assert Path(f"{file}{i}").read_bytes() == right
+
+    processes = [fork.Process(target=write_and_read) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
 
 
 @torch.no_grad()

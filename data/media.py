@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import functools
 import hashlib
 import io
 import math
@@ -232,16 +231,18 @@ def load_media(encoder, path):
     return LOADERS[type(encoder)](encoder, path)
 
 
-@functools.lru_cache(4)
 def fingerprint(encoder):
-    """What is the same for the same weights, config and preparation alone, wherever they lie."""
-    values = [
-        p.flatten()[:: max(1, p.numel() // 64)].float().cpu().numpy().tobytes()
-        for model in encoder.models
-        for p in model.parameters()
-    ]
-    configs = [model.config.to_dict() | {"_name_or_path": ""} for model in encoder.models]
-    return hashlib.sha256(b"".join(values) + repr((configs, encoder.preparations)).encode()).hexdigest()
+    """What is the same for the same weights, config and preparation alone, wherever they lie; copies without weights keep it."""
+    if not hasattr(encoder, "fingerprint"):
+        values = [
+            p.flatten()[:: max(1, p.numel() // 64)].float().cpu().numpy().tobytes()
+            for model in encoder.models
+            for p in model.parameters()
+        ]
+        configs = [model.config.to_dict() | {"_name_or_path": ""} for model in encoder.models]
+        values.append(repr((configs, encoder.preparations)).encode())
+        encoder.fingerprint = hashlib.sha256(b"".join(values)).hexdigest()
+    return encoder.fingerprint
 
 
 def feature_file(encoder, path, folder):
@@ -280,8 +281,10 @@ def write_features(file, features):
 
 @torch.no_grad()
 def cache_features(encoder, paths, folder, batch_size=16):
-    """Encodes the files that --feature_cache does not have yet."""
-    new = [path for path in dict.fromkeys(paths) if not os.path.exists(feature_file(encoder, path, folder))]
+    """Encodes the files that --feature_cache does not have yet; what is no file is left for its record to complain of."""
+    fingerprint(encoder)  # now, for copies of the encoder without weights
+    paths = [path for path in dict.fromkeys(paths) if os.path.exists(path)]
+    new = [path for path in paths if not os.path.exists(feature_file(encoder, path, folder))]
     batches = [new[i : i + batch_size] for i in range(0, len(new), batch_size)]
     device = next(encoder.models[0].parameters()).device
     for batch in tqdm(batches, desc="encoding", unit="batch", leave=False, disable=len(new) < 100):

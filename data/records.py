@@ -143,13 +143,12 @@ def is_cached(model, kind, path):
 
 def cache_media(model, records):
     """Encodes the media of records that --feature_cache does not have yet, so that it is done once and in batches."""
-    files = {kind: [] for kind in MEDIA}
+    files = {kind: [] for kind, encoder in model.encoder.items() if isinstance(encoder, Pretrained)}
     for kind, path in itertools.chain(*map(record_media, records)):
-        if kind in model.encoder and is_cached(model, kind, path):
+        if kind in files:
             files[kind].append(path)
     for kind, paths in files.items():
-        if paths:
-            cache_features(model.encoder[kind], paths, model.feature_cache)
+        cache_features(model.encoder[kind], paths, model.feature_cache)
 
 
 def record_sample(model, record):
