@@ -8,6 +8,7 @@ import io
 import math
 import os
 import re
+from numbers import Real
 
 import numpy as np
 import soundfile
@@ -230,6 +231,47 @@ LOADERS = {
 def load_media(encoder, path):
     """What an encoder takes, from a file; raises InputError naming the file."""
     return LOADERS[type(encoder)](encoder, path)
+
+
+TAKES = {
+    "image": "a picture is a path, a PIL image, or uint8 of shape (H, W), (H, W, 3) or (H, W, 4)",
+    "audio": "a sound is a path, or finite floats of shape (n,) at 16 kHz, from -1 to 1",
+    "series": "a series is a path, or numbers of shape (n,)",
+}
+
+
+def media_list(kind, given):
+    """What load_media takes, as a list, of one picture, sound or series, a list of several, or None.
+
+    Paths and PIL images stay as they are, arrays and tensors are checked; a list of numbers is one series or sound.
+    Raises InputError, which says what is taken, for anything else.
+    """
+    if given is None:
+        return []
+    if isinstance(given, list | tuple) and not all(isinstance(x, Real | None) for x in given):
+        return [check_media(kind, x) for x in given]
+    return [check_media(kind, given)]
+
+
+def check_media(kind, x):
+    if isinstance(x, str | os.PathLike) or kind == "image" and isinstance(x, Image.Image):
+        return x
+    try:
+        array = np.asarray(x)
+        if kind == "series" and array.dtype == object:
+            array = array.astype(np.float64)  # None becomes NaN
+    except (TypeError, ValueError, RuntimeError) as e:  # lists of unequal lengths, a tensor on a GPU
+        raise InputError(f"{TAKES[kind]}, not {type(x).__name__}") from e
+    if kind == "image":
+        fits = array.dtype == np.uint8 and array.ndim in (2, 3) and array.shape[2:] in ((), (3,), (4,))
+    elif kind == "audio":
+        fits = array.dtype.kind == "f" and array.ndim == 1 and np.isfinite(array).all()
+    else:
+        fits = array.dtype.kind in "iuf" and array.ndim == 1
+    if not fits or not array.size:
+        found = f"{array.dtype} of shape {array.shape}" if array.ndim else type(x).__name__
+        raise InputError(f"{TAKES[kind]}, not {found}")
+    return Image.fromarray(array) if kind == "image" else array
 
 
 @functools.lru_cache(4)

@@ -121,7 +121,7 @@ def segments(model, turns, media, first=True, at=""):
     try:
         for kind, path in media:
             if kind not in model.encoder:
-                name = path if isinstance(path, str | os.PathLike) else "a list of numbers"
+                name = path if isinstance(path, str | os.PathLike) else kind
                 raise InputError(
                     f"{name}: this model has no {kind} encoder; train one with --{kind}_encoder={next(iter(ENCODERS[kind]))}"
                 )
