@@ -171,8 +171,10 @@ class Chat:
             except StopIteration as stop:
                 self.state = stop.value
                 return
-            yield piece if begun else piece.lstrip()
-            begun = begun or piece.strip() != ""
+            piece = piece if begun else piece.lstrip()
+            if piece:
+                begun = True
+                yield piece
 
     def forecast(self, series, horizon=None):
         """The next points of a series (a path, or numbers), as a list of floats in its units.

@@ -5219,7 +5219,8 @@ def test_chat_answers_as_the_command_line_does(how, trained, counting):
         assert chat.ask(prompt, **media, raw=raw, **how) == want
         chat.reset()
         pieces = chat.ask(prompt, **media, raw=raw, stream=True, **how)
-        assert iter(pieces) is pieces and "".join(pieces) == want
+        pieces = list(pieces)
+        assert "".join(pieces) == want and all(pieces)
         shown = [f"--{kind}={file}" for kind, file in media.items()]
         assert said(sample.main, *flags, f"--prompt={prompt}", f"--raw={raw}", *shown) == want + "\n"
 
@@ -5484,6 +5485,8 @@ def test_questions_that_cannot_be_answered(small_chat, trained, monkeypatch):
         )
     with pytest.raises(TypeError, match="media"):
         small_chat.ask("What?", media="x.png")
+    for media in ("x.png", ["x.png"], [("picture", "x.png")]):
+        assert "pairs (kind, path)" in refusal(data_records.question, small_chat.model, "What?", media)
     pieces = small_chat.ask("What?", max_new_tokens=30, temperature=2.0, stream=True)
     next(pieces)
     assert small_chat.state is state  # it was not given to its end

@@ -234,7 +234,7 @@ def load_media(encoder, path):
 
 
 TAKES = {
-    "image": "a picture is a path, a PIL image, or uint8 of shape (H, W), (H, W, 3) or (H, W, 4)",
+    "image": "a picture is a path, a PIL image, or uint8 from 0 to 255 of shape (H, W), (H, W, 3) or (H, W, 4)",
     "audio": "a sound is a path, or finite floats of shape (n,) at 16 kHz, from -1 to 1",
     "series": "a series is a path, or numbers of shape (n,)",
 }

@@ -169,6 +169,8 @@ def record_sample(model, record):
 def question(model, prompt, media=(), first=True):
     """The segments that ask `prompt` about media [(kind, path)]; those without a mark such as <image> go before it."""
     files = {kind: [file for file in media if file[0] == kind] for kind in MEDIA}
+    if sum(map(len, files.values())) < len(media):
+        raise InputError("media are pairs (kind, path), of kind image, audio or series")
     for kind in MEDIA:
         missing = len(files[kind]) - prompt.count(f"<{kind}>")
         if missing < 0:
