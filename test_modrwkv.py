@@ -5233,6 +5233,19 @@ def small_chat(tmp_path_factory):
     return sample.Chat(path, device="cpu")
 
 
+def test_chat_reads_a_conversation_as_its_template_has_it(small_chat, tmp_path, monkeypatch):
+    """Two turns with given answers against one pass over the text written out; spaces go at the beginning alone."""
+    save(tmp_path / "x.pt", small_chat.model)
+    chat = sample.Chat(tmp_path / "x.pt", device="cpu", template="v1")
+    script(monkeypatch, codes("  a b\x17 c\x17"))
+    assert list(chat.ask("Hi", stream=True)) == ["a", " ", "b"] and chat.ask("Ho") == "c"
+    written = "\x16User: Hi\x17Assistant:  a b\x17User: Ho\x17Assistant: c\x17"
+    with torch.no_grad():
+        _, state = chat.model(torch.tensor([get_tokenizer("bytes").encode(written)]))
+    for x, y in zip(itertools.chain(*chat.state), itertools.chain(*state), strict=True):
+        assert distance(x, y) < 1e-5
+
+
 def test_chat_takes_files_and_arrays(small_chat, tmp_path):
     """The same picture, sound or series as a file, as what Pillow or soundfile read of it, as array, tensor or list."""
     x = pixels(1, 20, 30, 3)
