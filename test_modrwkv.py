@@ -5509,27 +5509,166 @@ def test_eval_answers_each_question(how, trained, counting):
 
 
 def test_chat_keeps_the_state(trained, counting, monkeypatch):
+    """Two questions against one pass over the whole conversation, and against --chat, where an error ends nothing."""
     out, _, model = trained
-    ask = lambda *how: answer(model, *how, max_new_tokens=30)
-    forgotten, _ = ask(data_records.question(model, "Loud?"))
+    chat = sample.Chat(out, device="cpu")
+    forgotten = chat.ask("Loud?", max_new_tokens=30)
     for n in range(1, 9):
-        media = [("image", counting[0].parent / f"{n}.png")]
-        first, state = ask(data_records.question(model, "<image> How many?", media))
-        second, _ = ask(data_records.question(model, "Loud?", first=False), state)
+        path = counting[0].parent / f"{n}.png"
+        chat.reset()
+        first = chat.ask("<image> How many?", image=path, max_new_tokens=30)
+        second = chat.ask("Loud?", max_new_tokens=30)
         if second != forgotten:
             break
     assert second != forgotten  # or the test would not see the state
-    assert (
-        second == ask(data_records.segments(model, [("<image> How many?", "".join(first)), ("Loud?", None)], media))[0]
-    )
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"<{media[0][1]}> How many?\n<gone.png>?\nLoud?\n\n"))
-    chat = said(sample.main, f"--out_dir={out}", "--chat", "--max_new_tokens=30")
-    assert [x.strip() for x in chat.split("> ")[-4:]] == [
-        "".join(first).strip(),
-        "",
-        "".join(second).strip(),
-        "",
-    ]  # an error ends nothing
+    turns = [("<image> How many?", first), ("Loud?", second)]
+    [end] = get_tokenizer("bytes").encode("\n\n")
+    *read, (_, ids) = data_records.segments(model, turns, [("image", path)])
+    assert ids[-1] == end
+    with torch.no_grad():
+        _, whole = model([[*read, ("answer", ids)]])
+    for x, y in zip(itertools.chain(*chat.state), itertools.chain(*whole), strict=True):
+        assert distance(x, y) < 1e-5
+
+    lines = f"<{path}> How many?\n<gone.png>?\nLoud?\n\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    printed = said(sample.main, f"--out_dir={out}", "--chat", "--max_new_tokens=30")
+    assert printed.split("> ")[-4:] == [f"{first}\n", "", f"{second}\n", ""]
+
+
+def test_chat_shows_the_media_of_its_flags_until_a_question_is_answered(trained, counting, monkeypatch, capsys):
+    """As with the prompt given by a flag."""
+    path = counting[0].parent / "3.png"
+    line = [f"--out_dir={trained[0]}", f"--image={path}", "--max_new_tokens=30"]
+    answered = said(sample.main, *line, "--prompt=How many?")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("<gone.png>?\nHow many?\n"))
+    assert said(sample.main, *line, "--chat").endswith(f"> > {answered}> ")
+    assert "gone.png" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert said(sample.main, *line, "--chat", "--prompt=How many?").endswith(f"\n{answered}> ")
+
+
+@pytest.mark.parametrize("how", [{}, dict(temperature=1.0, top_k=9, top_p=0.9, seed=3)], ids=str)
+def test_chat_answers_as_the_command_line_does(how, trained, counting):
+    """Against the tokens of model.generate, decoded here."""
+    out, _, model = trained
+    path, how = str(counting[0].parent / "5.png"), how | {"max_new_tokens": 30}
+    flags = [f"--out_dir={out}", *(f"--{name}={value}" for name, value in how.items())]
+    seed = {"seed": 1} | how
+    for prompt, raw in (("How many?", False), ("User: ", True)):
+        media = {} if raw else {"image": path}
+        if raw:
+            segments = [("text", get_tokenizer("bytes").encode(prompt))]
+        else:
+            segments = data_records.question(model, prompt, [("image", path)])
+        tokens = [token for [token] in model.generate([segments], **seed)]
+        written = get_tokenizer("bytes").decode(tokens).decode(errors="replace")
+        want = written if raw else written.split("\n\n")[0].lstrip()
+        chat = sample.Chat(out, device="cpu")
+        assert chat.ask(prompt, **media, raw=raw, **how) == want
+        chat.reset()
+        pieces = chat.ask(prompt, **media, raw=raw, stream=True, **how)
+        pieces = list(pieces)
+        assert "".join(pieces) == want and all(pieces)
+        shown = [f"--{kind}={file}" for kind, file in media.items()]
+        assert said(sample.main, *flags, f"--prompt={prompt}", f"--raw={raw}", *shown) == want + "\n"
+
+
+@pytest.fixture(scope="session")
+def small_chat(tmp_path_factory):
+    """A Chat with a small random model that takes pictures, sound and series."""
+    path = tmp_path_factory.mktemp("small") / "small.pt"
+    save(path, randomise(ModRWKV(SMALL)))
+    return sample.Chat(path, device="cpu")
+
+
+def test_chat_reads_a_conversation_as_its_template_has_it(small_chat, tmp_path, monkeypatch):
+    """Two turns with given answers against one pass over the text written out; spaces go at the beginning alone."""
+    save(tmp_path / "x.pt", small_chat.model)
+    chat = sample.Chat(tmp_path / "x.pt", device="cpu", template="v1")
+    script(monkeypatch, codes("  a b\x17 c\x17"))
+    assert list(chat.ask("Hi", stream=True)) == ["a", " ", "b"] and chat.ask("Ho") == "c"
+    written = "\x16User: Hi\x17Assistant:  a b\x17User: Ho\x17Assistant: c\x17"
+    with torch.no_grad():
+        _, state = chat.model(torch.tensor([get_tokenizer("bytes").encode(written)]))
+    for x, y in zip(itertools.chain(*chat.state), itertools.chain(*state), strict=True):
+        assert distance(x, y) < 1e-5
+
+
+def test_chat_takes_files_and_arrays(small_chat, tmp_path):
+    """The same picture, sound or series as a file, as what Pillow or soundfile read of it, as array, tensor or list."""
+    x = pixels(1, 20, 30, 3)
+    picture = Image.fromarray(x)
+    picture.save(tmp_path / "x.png")
+    same = {"image": [tmp_path / "x.png", str(tmp_path / "x.png"), picture, x, torch.from_numpy(x)]}
+    gray = pixels(2, 20, 30)
+    clear = np.dstack([x, 255 - gray])
+    Image.fromarray(clear).save(tmp_path / "clear.png")
+    tone = np.float32(np.sin(np.arange(4000) / 5) / 2)
+    soundfile.write(tmp_path / "x.wav", tone, 16000, "FLOAT")
+    same["audio"] = [tmp_path / "x.wav", tone, torch.from_numpy(tone), tone.tolist()]
+    points = [math.sin(i / 3) for i in range(60)]
+    (tmp_path / "x.csv").write_text("y\n" + "".join("NA\n" if i == 7 else f"{y}\n" for i, y in enumerate(points)))
+    points[7] = None
+    same["series"] = [str(tmp_path / "x.csv"), points, tuple(points), np.array(points, np.float64)]
+    same = list(same.items()) + [("image", [tmp_path / "clear.png", clear]), ("image", [gray, np.dstack([gray] * 3)])]
+    blank = {"image": np.zeros_like(x), "audio": np.zeros_like(tone), "series": [1.0, 2.0]}
+    for kind, forms in same:
+        states = []
+        for form in (*forms, [forms[-1]], blank[kind]):
+            small_chat.reset()
+            small_chat.ask("What?", **{kind: form}, max_new_tokens=2)
+            states.append(torch.cat([x.flatten() for x in itertools.chain(*small_chat.state)]))
+        *states, other = states
+        assert all(distance(state, states[0]) < 1e-5 for state in states) and distance(other, states[0]) > 1e-3
+    small_chat.reset()
+    several = small_chat.ask("<image> or <image>?", image=[picture, gray], audio=[tone, tone], max_new_tokens=5)
+    media = [("image", picture), ("audio", tone), ("image", Image.fromarray(gray)), ("audio", tone)]
+    segments = data_records.question(small_chat.model, "<audio>\n<audio>\n<image> or <image>?", media)
+    assert several == "".join(answer(small_chat.model, segments, max_new_tokens=5)[0]).lstrip()
+
+
+def test_chat_forecasts_in_the_units_of_a_series(small_chat, tmp_path):
+    """Against model.forecast."""
+    points = [100 + 30 * math.sin(i / 3) for i in range(60)]
+    (tmp_path / "x.csv").write_text("a,b\n" + "".join(f"{y},{-y}\n" for y in points))
+    want = small_chat.model.forecast([points])[0].tolist()
+    state = small_chat.state
+    for series in (points, np.array(points), f"{tmp_path / 'x.csv'}#a"):
+        assert small_chat.forecast(series) == pytest.approx(want) and len(want) == SMALL.horizon
+    assert small_chat.forecast(points, 30) == pytest.approx(small_chat.model.forecast([points], 30)[0].tolist())
+    assert small_chat.state is state
+    assert "horizon=0" in refusal(small_chat.forecast, points, 0)
+    for wrong in ([1.0, "x"], np.zeros((3, 4)), None, [], [math.nan], np.array(["x"])):
+        assert "series" in refusal(small_chat.forecast, wrong)
+    assert "gone.csv" in refusal(small_chat.forecast, "gone.csv")
+
+
+def test_info(trained, tmp_path):
+    """Against the model's own counts and settings, and with an encoder that is not here."""
+    out, _, model = trained
+    first, parameters, run, changed, same = said(sample.main, f"--out_dir={out}", "--info").splitlines()
+    assert str(out) in first and "RWKV-7" in first and "2 layers x 64" in first and first.endswith("takes text, image")
+    counts = [p.numel() for p in model.parameters()]
+    language = sum(p.numel() for name, p in model.named_parameters() if name.split(".")[0] in LANGUAGE_PARTS)
+    assert [int(n.replace(",", "")) for n in re.findall(r"[\d,]+\d", parameters)] == [language, sum(counts) - language]
+    assert run.startswith("trained: 100 steps of 8 samples of ")
+    assert changed.split(": ")[1].split() == ["--n_embd=64", "--head_size=32"]
+    assert {*changed.split(": ")[1].split(), *same.split(": ")[1].split()} == {
+        f"--{name}={value}" for name, value in dataclasses.asdict(model.config).items()
+    }
+    contents = read_checkpoint(out)
+    contents["config"] |= {"image_encoder": "not/here", "audio_encoder": "mel"}
+    torch.save({"model": contents["model"], "config": contents["config"]}, tmp_path / "x.pt")
+    first, _, changed, _ = said(sample.main, f"--out_dir={tmp_path / 'x.pt'}", "--info", "--template=v3").splitlines()
+    assert first.endswith("takes text, image, audio") and "--image_encoder=not/here --audio_encoder=mel" in changed
+    assert "--template=v3" in changed
+    path, _ = released("WorldRWKV, pictures", tmp_path / "x.pth")
+    lines = said(sample.main, f"--out_dir={path}", "--info").splitlines()
+    assert lines[0].endswith("takes text, image") and "--image_encoder=siglip" in lines[2] and len(lines) == 4
+
+
+LANGUAGE_PARTS = {"emb", "blocks", "ln_out", "head"}
 
 
 def test_an_answer_is_streamed(trained, monkeypatch):
@@ -5649,7 +5788,8 @@ OF_SAMPLE |= {
     "--eval=good.jsonl --batch_size=0": "batch_size",
 }
 OF_SAMPLE |= {f"--eval=good.jsonl {other}": "--eval" for other in ("--prompt=Hi", "--image=good.png", "--chat")}
-OF_SAMPLE |= {"--raw --image=good.png": "--raw", "--raw --chat": "--raw"}
+OF_SAMPLE |= {"--raw --image=good.png": "--raw", "--raw --chat": "--raw", "--info --eval=good.jsonl": "--info --eval"}
+OF_SAMPLE |= {"--prompt=Hi --temperature=-1": "temperature=-1", "--series=good.png": "good.png"}
 
 
 @pytest.mark.parametrize("line", OF_SAMPLE)
@@ -5657,6 +5797,73 @@ def test_bad_flags_of_sample(line, odd, trained, monkeypatch):
     monkeypatch.chdir(odd)
     message = refusal(sample.main, [f"--out_dir={trained[0]}", *line.split()])
     assert not [word for word in OF_SAMPLE[line].split() if word not in message]
+
+
+NO_MEDIA = {
+    "image": [5, b"x", "gone.png", "x.wav", {"path": "x.png"}, 0.5, [], [[1, 2], [3]], np.zeros((4, 4, 3))],
+    "audio": [5, b"x", "gone.wav", "x.png", {"array": []}, [], np.zeros((2, 9)), np.zeros(9, np.int16), [math.nan]],
+    "series": [5, object(), b"x", "gone.csv", "x.png", {"a": 1}, [], np.zeros((2, 9)), np.array(["x"]), [None]],
+}
+NO_MEDIA["image"] += [np.zeros((4, 4, 2), np.uint8), np.zeros((3, 9, 9), np.uint8), np.zeros((0, 4), np.uint8)]
+NO_MEDIA["image"] += [torch.zeros(4, 4), np.zeros((1, 4, 4, 3), np.uint8), np.zeros((4, 4), bool), io.BytesIO(b"x")]
+
+
+@pytest.mark.parametrize("kind", NO_MEDIA)
+def test_media_that_are_none(kind, small_chat, tmp_path, monkeypatch):
+    """One sentence each, alone or beside a good one, and the state is as it was."""
+    monkeypatch.chdir(tmp_path)
+    bars(tmp_path / "x.png", 1)
+    soundfile.write(tmp_path / "x.wav", np.zeros(999), 16000)
+    good = {"image": "x.png", "audio": "x.wav", "series": [1.0, 2.0]}[kind]
+    taken = {"image": "a picture is", "audio": "a sound is", "series": "a series "}[kind]
+    small_chat.ask("Hi", max_new_tokens=2)
+    state = small_chat.state
+    for wrong in NO_MEDIA[kind]:
+        for media in (wrong, [wrong, good], [good, wrong]):
+            message = refusal(small_chat.ask, "What?", **{kind: media}, max_new_tokens=2)
+            assert (wrong if isinstance(wrong, str) else taken) in message and len(message) < 250
+    assert small_chat.state is state
+
+
+def test_questions_that_cannot_be_answered(small_chat, trained, monkeypatch):
+    """One sentence each, before the first piece is asked for, and the state is as it was."""
+    x = pixels(1, 20, 30)
+    small_chat.ask("Hi", max_new_tokens=2)
+    state = small_chat.state
+    wrong = [
+        ("2 <image>", dict(prompt="<image><image><image>", image=x)),
+        ("1 <audio>", dict(prompt="<audio>", image=x)),
+        ("string", dict(prompt=None)),
+        ("string", dict(prompt=["Hi"])),
+        ("prompt", dict(prompt="  ")),
+        ("raw", dict(prompt="Hi", raw=True, image=x)),
+        ("temperature", dict(prompt="Hi", temperature=-1)),
+        ("max_new_tokens", dict(prompt="Hi", max_new_tokens=0)),
+        ("top_k", dict(prompt="Hi", top_k=-1)),
+    ]
+    for words, question in wrong:
+        assert words in refusal(small_chat.ask, **question) and words in refusal(
+            small_chat.ask, **question, stream=True
+        )
+    with pytest.raises(TypeError, match="media"):
+        small_chat.ask("What?", media="x.png")
+    for media in ("x.png", ["x.png"], [("picture", "x.png")]):
+        assert "pairs (kind, path)" in refusal(data_records.question, small_chat.model, "What?", media)
+    pieces = small_chat.ask("What?", max_new_tokens=30, temperature=2.0, stream=True)
+    next(pieces)
+    assert small_chat.state is state  # it was not given to its end
+    del pieces
+    monkeypatch.setattr(modrwkv, "pick", Mock(side_effect=[torch.tensor(66), torch.tensor(67), MemoryError]))
+    with pytest.raises(MemoryError):
+        small_chat.ask("What?")
+    assert small_chat.state is state
+    deaf = sample.Chat(trained[0], device="cpu")
+    for sound in (np.zeros(999, np.float32), "x.wav"):
+        assert "no audio encoder" in refusal(deaf.ask, "What?", audio=sound)
+    assert "series encoder" in refusal(deaf.forecast, [1.0, 2.0])
+    for path, words in (("nowhere", "nowhere"), (".", "ckpt.pt")):
+        assert words in refusal(sample.Chat, path)
+    assert "foo" in refusal(sample.Chat, trained[0], device="foo")
 
 
 def test_errors_as_the_user_sees_them(odd):

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import warnings
+from numbers import Real
 
 import librosa
 import numpy as np
@@ -251,6 +252,39 @@ LOADERS = {
 def load_media(encoder, path):
     """What an encoder's forward takes of a file (or PIL image, samples, numbers); raises InputError naming the file."""
     return LOADERS[type(encoder)](encoder, path)
+
+
+TAKES = {
+    "image": "a picture is a path, a PIL image, or uint8 from 0 to 255 of shape (H, W), (H, W, 3) or (H, W, 4)",
+    "audio": "a sound is a path, or finite floats of shape (n,) at 16 kHz, from -1 to 1",
+    "series": "a series is a path, or numbers of shape (n,)",
+}
+
+
+def media_list(kind, given):
+    """A picture, sound or series, a list of several, or None, as the list that load_media takes; raises InputError."""
+    several = isinstance(given, list | tuple) and not all(isinstance(x, Real | None) for x in given)
+    items = given if several else [given]  # a list of numbers is one
+    return [] if given is None else [check_media(kind, x) for x in items]
+
+
+def check_media(kind, x):
+    """A path, PIL image or array (n,), of a path, PIL image, array, tensor or list of numbers; raises InputError."""
+    if isinstance(x, str | os.PathLike) or kind == "image" and isinstance(x, Image.Image):
+        return x
+    try:
+        array = np.asarray(x, np.float64 if kind == "series" else None)  # of a series None becomes NaN
+    except (TypeError, ValueError, RuntimeError) as e:  # lists of unequal lengths, a tensor on a GPU
+        raise InputError(f"{TAKES[kind]}, not {type(x).__name__}") from e
+    fits = array.ndim == 1
+    if kind == "image":
+        fits = array.dtype == np.uint8 and array.ndim in (2, 3) and array.shape[2:] in ((), (3,), (4,))
+    elif kind == "audio":
+        fits = fits and array.dtype.kind == "f" and np.isfinite(array).all()
+    if not fits or not array.size:
+        found = f"{array.dtype} of shape {array.shape}" if array.ndim else type(x).__name__
+        raise InputError(f"{TAKES[kind]}, not {found}")
+    return Image.fromarray(array) if kind == "image" else array
 
 
 def fingerprint(encoder):

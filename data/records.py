@@ -130,7 +130,7 @@ def segments(model, turns, media, first=True, at=""):
     try:
         for kind, path in media:
             if kind not in model.encoder:
-                name = path if isinstance(path, str | os.PathLike) else "a list of numbers"
+                name = path if isinstance(path, str | os.PathLike) else kind
                 flag = f"--{kind}_encoder={next(iter(ENCODERS[kind]))}"
                 raise InputError(f"{name}: this model has no {kind} encoder; train one with {flag}")
         return conversation(model.config, turns, ((kind, read_media(model, kind, path)) for kind, path in media), first)
@@ -173,6 +173,8 @@ def record_sample(model, record):
 def question(model, prompt, media=(), first=True):
     """The segments that ask `prompt` about media [(kind, path)]; those without a placeholder <image> go before it."""
     files = {kind: [file for file in media if file[0] == kind] for kind in MEDIA}
+    if sum(map(len, files.values())) < len(media):
+        raise InputError("media are pairs (kind, path), of kind image, audio or series")
     for kind in MEDIA:
         missing = len(files[kind]) - prompt.count(f"<{kind}>")
         if missing < 0:

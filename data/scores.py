@@ -12,11 +12,29 @@ import torch
 from tqdm import tqdm
 
 from data.media import read_series, read_table
-from data.records import read_records, record_media, record_turns
-from data.text import PLACEHOLDER
+from data.records import read_records, record_media, record_turns, segments
+from data.text import PLACEHOLDER, generate_text
 from modrwkv import InputError, normalise
 
 WORD_ERRORS = "substitutions", "deletions", "insertions"
+
+
+def ask(model, records, batch_size=64, **sampling):
+    """Answers to every question of the records, in order; later turns see the true earlier answers."""
+    samples = []
+    for record in records:
+        media, turns = record_media(record), record_turns(record)
+        for i in range(len(turns)):
+            asked = turns[:i] + [(turns[i][0], None)]
+            n = len(PLACEHOLDER.findall("".join(question for question, _ in asked)))
+            samples.append((asked, media[:n], record["_at"]))
+    answers = []
+    quiet = len(samples) <= batch_size or not sys.stderr.isatty()
+    for i in tqdm(range(0, len(samples), batch_size), unit="batch", leave=False, disable=quiet):
+        batch = [segments(model, turns, media, at=at) for turns, media, at in samples[i : i + batch_size]]
+        steps = generate_text(model, batch, **sampling)
+        answers += ["".join(pieces).strip() for pieces in zip(*steps)]
+    return answers
 
 
 def score(records, answers):
@@ -218,5 +236,27 @@ def draw_curve(log, path):
     plt.yscale("log")
     plt.grid(alpha=0.3)
     plt.legend()
+    plt.savefig(path, dpi=120)
+    plt.close()
+
+
+def draw_forecasts(path, forecasts, lookback):
+    """Draws series {path: the points that follow it} behind their last `lookback` points into a .png."""
+    if not path.lower().endswith(".png"):
+        raise InputError(f"--plot={path} is not the name of a .png")
+    try:
+        import matplotlib
+    except ImportError as e:
+        raise InputError('--plot takes matplotlib: pip install -e ".[plot]"') from e
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    _, axes = plt.subplots(len(forecasts), squeeze=False, figsize=(10, 3 * len(forecasts)), layout="tight")
+    for [axis], (name, points) in zip(axes, forecasts.items()):
+        x = read_series(name)[-lookback:]
+        axis.plot(range(-len(x), 0), x, label=name, lw=0.8)
+        axis.plot(range(len(points)), points, label="forecast")
+        axis.legend()
+        axis.grid(alpha=0.3)
     plt.savefig(path, dpi=120)
     plt.close()
