@@ -5119,10 +5119,10 @@ def test_the_last_line_names_the_next_command(trained, counting):
 def test_what_to_ask_next(tmp_path):
     at = lambda **record: dict(record, _folder=os.path.join(os.getcwd(), "x"))
     assert (
-        train.sample_command(at(text="a")).startswith("--raw ")
-        and train.sample_command(at(target=[1, 2])) == "--series=NUMBERS.csv"
+        data_records.sample_command(at(text="a")).startswith("--raw ")
+        and data_records.sample_command(at(target=[1, 2])) == "--series=NUMBERS.csv"
     )
-    assert train.sample_command(at(**talk("<audio>", "a", audio="y z.wav"))) == "--audio='x/y z.wav'"
+    assert data_records.sample_command(at(**talk("<audio>", "a", audio="y z.wav"))) == "--audio='x/y z.wav'"
     two = talk(
         "<image> and <audio><image>: what's that?",
         "a",
@@ -5131,13 +5131,14 @@ def test_what_to_ask_next(tmp_path):
         image=["1.png", "2.png", "3.png"],
         audio="a.wav",
     )
-    assert shlex.split(train.sample_command(at(**two))) == [
+    assert shlex.split(data_records.sample_command(at(**two))) == [
         "--image=x/1.png,x/2.png",
         "--audio=x/a.wav",
         "--prompt=<image> and <audio><image>: what's that?",
     ]
     assert (
-        train.sample_command(at(**talk("<series>\nUp?", "a", series=[1, 2]))) == "--series=NUMBERS.csv --prompt='Up?'"
+        data_records.sample_command(at(**talk("<series>\nUp?", "a", series=[1, 2])))
+        == "--series=NUMBERS.csv --prompt='Up?'"
     )
 
 

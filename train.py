@@ -17,7 +17,6 @@ import json
 import math
 import os
 import random
-import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
@@ -37,14 +36,12 @@ from data.records import (
     find_data,
     held_out_samples,
     read_data,
-    record_media,
     record_sample,
-    record_turns,
     rough_length,
+    sample_command,
 )
 from data.released import read_checkpoint
 from data.scores import draw_curve, errors, report, score
-from data.text import PLACEHOLDER
 from modrwkv import (
     ENCODERS,
     MEDIA,
@@ -53,6 +50,7 @@ from modrwkv import (
     ModRWKV,
     build,
     freeze,
+    has_kernel,
     parameter_groups,
     read_timer,
     setting,
@@ -525,20 +523,6 @@ def describe(s, model, device, dtype, world, first):
     print0(f"training: {s.max_steps - first} steps of {s.batch_size} samples into {s.out_dir}{then}")
 
 
-def sample_command(record):
-    """The flags of sample.py that ask what a record asks first."""
-    if not record.get("conversations"):
-        return "--series=NUMBERS.csv" if "target" in record else "--raw --temperature=0.8"
-    question, _ = record_turns(record)[0]
-    media = list(record_media(record))[: len(PLACEHOLDER.findall(question))]
-    words = []
-    for kind in MEDIA:
-        paths = [os.path.relpath(path) if isinstance(path, str) else "NUMBERS.csv" for k, path in media if k == kind]
-        words += [f"--{kind}={shlex.quote(','.join(paths))}"] if paths else []
-    prompt = PLACEHOLDER.sub("", question).strip() if len(media) == 1 and PLACEHOLDER.match(question) else question
-    return " ".join(words + ([f"--prompt={shlex.quote(prompt)}"] if prompt else []))
-
-
 def main(argv=None):
     s, config, given = flags(__doc__, Train, Config, argv=argv, presets=presets)
     rank, world, device = start_process(s)
@@ -598,8 +582,9 @@ def main(argv=None):
     # one process, several with the same weights (DDP), or several with a part of them each (FSDP2)
     objective = Loss(model, s)
     compiled = s.compile
-    if compiled is None:
-        compiled = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    if compiled is None:  # the recurrence in PyTorch's own operations compiles for minutes
+        fast = model.config.head_size in (16, 32, 64, 128) and device.type == "cuda" and has_kernel("cuda")
+        compiled = fast and importlib.util.find_spec("triton") is not None
     if compiled:
         for block in model.blocks:
             block.compile(dynamic=True)
