@@ -176,7 +176,8 @@ def wkv7_chunked(r, w, k, v, a, b, state=None, w_min=-math.inf):
     so with a~_t = a_t e^{c_{t-1}}, r~_t = r_t e^{c_t}, b~_s = b_s e^{-c_s}, k~_s = k_s e^{-c_s}
         (I - tril(a~ b~^T, -1)) U = a~ S_0^T + tril(a~ k~^T, -1) V           a triangular system
         Y = r~ S_0^T + tril(r~ b~^T) U + tril(r~ k~^T) V.
-    e^{-c_s} must not overflow, so the chunk is the shorter, the faster the decay; for w < -1 and few steps the loop does it.
+    e^{-c_s} must not overflow, so the chunk is the shorter, the faster the decay; below w = -1 and for few steps the
+    loop does it.
 
     Args:
         w_min: what the caller knows w to be above, -e^{-1/2} for RWKV-7; if below -1, the smallest w is looked up,
@@ -246,9 +247,8 @@ def kernel(device_type):
         for function, pointers in ((library.wkv7_forward, 11), (library.wkv7_backward, 17)):
             function.argtypes = [ctypes.c_int64] * 4 + [ctypes.c_int] + [ctypes.c_void_p] * pointers
         library.wkv7_error.restype = ctypes.c_char_p
-        if error := library.wkv7_forward(
-            0, 1, 1, 64, 0, *[None] * 11
-        ):  # nothing to compute: is the driver recent enough?
+        error = library.wkv7_forward(0, 1, 1, 64, 0, *[None] * 11)  # B = 0 computes nothing: does the driver fit?
+        if error:
             raise InputError(f"kernel.cu does not run here: {library.wkv7_error(error).decode()}")
     except (InputError, OSError) as e:
         warn_slow(str(e).strip().splitlines()[0])
@@ -258,11 +258,8 @@ def kernel(device_type):
 
 @functools.cache
 def warn_slow(reason):
-    print(
-        f"the recurrence runs in PyTorch's own operations, which is several times slower: {reason}",
-        file=sys.stderr,
-        flush=True,
-    )
+    line = f"the recurrence runs in PyTorch's own operations, which is several times slower: {reason}"
+    print(line, file=sys.stderr)
 
 
 def has_kernel(device_type, head_size=64):
@@ -310,7 +307,7 @@ def compile_for_gpu(source):
 
 
 def compile_once(source, commands, processor, machine, seconds):
-    """The path of the shared library that the first of the commands to succeed makes of the source, cached for next time.
+    """The path of the shared library that the first command to succeed makes of the source, in the user's cache.
 
     Its name holds a checksum of its content: what was cut short or changed since is built again.
     """
@@ -324,11 +321,7 @@ def compile_once(source, commands, processor, machine, seconds):
         path = os.path.join(folder, name)
         if name.startswith(key) and name == f"{key}{checksum(path)}.so":
             return path
-    print(
-        f"compiling kernel.cu for this {processor}, once, which takes about {seconds} seconds ...",
-        file=sys.stderr,
-        flush=True,
-    )
+    print(f"compiling kernel.cu for this {processor}, once, about {seconds} seconds ...", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=folder) as partial:  # another process may be at it, too
         library = os.path.join(partial, "wkv7.so")
         for command in commands:
@@ -342,13 +335,13 @@ def compile_once(source, commands, processor, machine, seconds):
 
 
 def kernel_folder():
-    """The user's cache of libraries; a temporary folder of this process where that is not the user's alone to write to."""
+    """The user's cache; a temporary folder of this process where nobody, or somebody else, too, can write to that."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.environ.get("HOME", ""), ".cache")
     folder = os.path.join(base, "modrwkv")
     if os.path.isabs(base) and os.name == "posix":
         with contextlib.suppress(OSError):
             os.makedirs(folder, mode=0o700, exist_ok=True)
-            status = os.lstat(folder)  # of a link, all may write
+            status = os.lstat(folder)  # a link has the mode 0777
             if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(folder, os.W_OK):
                 return folder
     folder = tempfile.mkdtemp(prefix="modrwkv_")
