@@ -6498,6 +6498,7 @@ def test_a_gpu_trains_in_the_precision_that_it_has(capability, dtype, skipped, s
     assert norms[skipped] == pytest.approx(column(tmp_path / "cpu", "grad_norm")[0], rel=0.02)
     assert losses[: skipped + 1] == pytest.approx(column(tmp_path / "cpu", "loss")[:1] * (skipped + 1), rel=0.02)
     assert losses[skipped + 1] < 0.8 * losses[0]
+    assert kept(tmp_path / "gpu", "scaler").get("scale") == (65536 / 2**skipped if skipped else None)
 
 
 @PINNED
