@@ -478,7 +478,10 @@ class Log:
                     "the last checkpoint is kept"
                 )
             self.loss_ema = loss if self.loss_ema is None else 0.95 * self.loss_ema + 0.05 * loss
-            self.write(step=entry["step"], loss=loss, grad_norm=norm, **{k: v for k, v in entry.items() if k != "step"})
+            finite = (
+                norm if math.isfinite(norm) else None
+            )  # float16's first steps, while its scale is found, are skipped
+            self.write(**entry | {"loss": loss, "grad_norm": finite})
 
 
 @torch.no_grad()
