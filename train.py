@@ -159,13 +159,13 @@ class Batches(Dataset):
         self.model = without_weights(model)
         self.levels = [record.get("level", 0) for record in records]
         self.lengths = [rough_length(model, record, settings.ctx_len) for record in records]
-        self.order = functools.lru_cache(2)(self.order)
-        self.bucket = functools.lru_cache(2)(self.bucket)
 
+    @functools.lru_cache(2)
     def order(self, epoch):
         generator = torch.Generator().manual_seed(self.settings.seed * 1000003 + epoch)
         return torch.randperm(len(self.records), generator=generator).tolist()
 
+    @functools.lru_cache(2)
     def bucket(self, b):
         """The batches of BUCKET steps, as lists of (place in the run, index of the record)."""
         s, rng, n = self.settings, random.Random(f"{self.settings.seed} {b}"), len(self.records)
@@ -206,12 +206,16 @@ class Batches(Dataset):
     def collate(self, places):
         return self.model.collate([self.sample(*place) for place in places])
 
+    @functools.lru_cache(16)
+    def whole(self, i):
+        """A text or a series, of which each sample is a window."""
+        return record_sample(self.model, self.records[i])
+
     def sample(self, place, i):
         """The segments of record i; of a text or a series a window, at random by its place in the run."""
-        sample = record_sample(self.model, self.records[i])
         if self.records[i].get("conversations"):
-            return sample
-        [(kind, data)] = sample
+            return record_sample(self.model, self.records[i])
+        [(kind, data)] = self.whole(i)
         rng = random.Random(f"{self.settings.seed} {place}")
         if kind == "forecast":
             return self.model.window(data, rng)
@@ -238,11 +242,9 @@ def start_process(s):
     device = find_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if (
-        world > 1
-    ):  # two backends: counts are exchanged on the CPU, gradients where they are; the first process scores alone
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+    if world > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # counts are exchanged on the CPU
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # others wait while the first one scores
     return rank, world, device
 
 
@@ -352,9 +354,8 @@ def learning_rate(step, s):
     """Of a step, counted from 0 ([1]'s "wsd" is what is called cosine here)."""
     if step < s.warmup_steps:
         return s.learning_rate * (step + 1) / s.warmup_steps
-    length = {"wsd": s.decay_fraction * s.max_steps, "cosine": s.max_steps - s.warmup_steps, "constant": 1e-9}[
-        s.schedule
-    ]
+    lengths = {"wsd": s.decay_fraction * s.max_steps, "cosine": s.max_steps - s.warmup_steps, "constant": 1e-9}
+    length = lengths[s.schedule]
     p = min(1, max(0, (step + 1 - (s.max_steps - length)) / max(length, 1e-9)))  # how much of the decay is done
     left = {"wsd": 1 - p, "cosine": (1 + math.cos(math.pi * p)) / 2, "constant": 1}[s.schedule]
     return s.lr_final + (s.learning_rate - s.lr_final) * left
