@@ -142,7 +142,7 @@ def without_weights(model):
     """A copy of the model that has shapes alone: what a worker process needs to prepare a batch."""
     frozen = [part for encoder in model.encoder.values() for part in getattr(encoder, "models", ())]
     tensors = [x for part in (model, *frozen) for x in itertools.chain(part.parameters(), part.buffers())]
-    return copy.deepcopy(model, {id(x): x.to("meta") for x in tensors})
+    return copy.deepcopy(model, {id(x): x.detach().to("meta") for x in tensors})
 
 
 class Batches(Dataset):
