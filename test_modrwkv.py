@@ -5534,13 +5534,17 @@ def test_chat_keeps_the_state(trained, counting, monkeypatch):
 
 
 def test_chat_shows_the_media_of_its_flags_until_a_question_is_answered(trained, counting, monkeypatch, capsys):
-    """As with the prompt given by a flag."""
+    """As with the prompt given by a flag; later questions are about nothing more."""
     path = counting[0].parent / "3.png"
     line = [f"--out_dir={trained[0]}", f"--image={path}", "--max_new_tokens=30"]
     answered = said(sample.main, *line, "--prompt=How many?")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("<gone.png>?\nHow many?\n"))
-    assert said(sample.main, *line, "--chat").endswith(f"> > {answered}> ")
+    asked = Mock(side_effect=sample.question)
+    monkeypatch.setattr(sample, "question", asked)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("<gone.png>?\nHow many?\nLoud?\n"))
+    assert f"> > {answered}> " in said(sample.main, *line, "--chat")
     assert "gone.png" in capsys.readouterr().err
+    shown = [("image", str(path))]
+    assert [call.args[2] for call in asked.call_args_list] == [[*shown, ("image", "gone.png")], shown, []]
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     assert said(sample.main, *line, "--chat", "--prompt=How many?").endswith(f"\n{answered}> ")
 
@@ -5785,7 +5789,12 @@ OF_SAMPLE |= {
     "--eval=good.jsonl --batch_size=0": "batch_size",
 }
 OF_SAMPLE |= {f"--eval=good.jsonl {other}": "--eval" for other in ("--prompt=Hi", "--image=good.png", "--chat")}
-OF_SAMPLE |= {"--raw --image=good.png": "--raw", "--raw --chat": "--raw", "--info --eval=good.jsonl": "--info --eval"}
+OF_SAMPLE |= {
+    "--raw --image=good.png": "--raw",
+    "--raw --series=x.csv": "--raw",
+    "--raw --chat": "--raw",
+    "--info --eval=good.jsonl": "--info --eval",
+}
 OF_SAMPLE |= {"--prompt=Hi --temperature=-1": "temperature=-1", "--series=good.png": "good.png"}
 
 
