@@ -836,7 +836,8 @@ class MelEncoder(nn.Module):
         x = F.pad(x, (0, max(3 * cls.HOP - len(x), -len(x) % cls.HOP)))
         window = torch.hann_window(cls.WINDOW, device=x.device)
         spectrum = torch.stft(x, cls.WINDOW, cls.HOP, window=window, return_complex=True)
-        mel = (cls.filters(bins).to(x.device) @ spectrum[:, :-1].abs() ** 2).clamp(min=1e-10).log10()
+        with torch.autocast(x.device.type, enabled=False):
+            mel = (cls.filters(bins).to(x.device) @ spectrum[:, :-1].abs() ** 2).clamp(min=1e-10).log10()
         return (mel.clamp(min=mel.max() - 8) + 4) / 4
 
     def length(self, frames):

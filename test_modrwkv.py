@@ -4,6 +4,7 @@ then the scripts as a user runs them."""
 import ast
 import base64
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import functools
@@ -26,13 +27,14 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import time
 import zipfile
 import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -46,6 +48,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import modrwkv
 import sample
@@ -5874,3 +5877,516 @@ def test_questions_that_cannot_be_answered(small_chat, trained, monkeypatch):
 
 def test_errors_as_the_user_sees_them(odd):
     assert "good.jsonl" in complaint(run([REPO / "sample.py", "--out_dir=good.jsonl", "--prompt=Hi"], cwd=odd))
+
+
+# ---------------------------------------------------------------------------------------------- a pretend GPU
+# Tensors that say they are on "cuda" or "mps" while their numbers are computed on the CPU, with gradients, optimizers and autocast.
+# What a GPU refuses raises: tensors of both devices in one operation, the CPU's random generator, float64 on mps.
+
+# Of torch's autocast_mode.h what is used here; and the operations whose result the host needs
+AUTOCAST_TO_HALF = set("mm addmm bmm baddbmm mv convolution".split())
+AUTOCAST_TO_FLOAT = set("exp log log10 pow rsqrt sum cumsum softplus linalg_vector_norm smooth_l1_loss".split())
+AUTOCAST_TO_FLOAT |= set("_softmax _log_softmax nll_loss_forward native_layer_norm native_group_norm".split())
+WAITS = set("_local_scalar_dense equal nonzero masked_select _unique2 unique_dim".split())
+
+
+def each(function, x):
+    """x with every leaf of its lists, tuples and dicts replaced by function(leaf); torch's tree_map takes three times as long."""
+    if isinstance(x, list | tuple):
+        return type(x)([each(function, y) for y in x])
+    return {name: each(function, y) for name, y in x.items()} if isinstance(x, dict) else function(x)
+
+
+class GpuTensor(torch.Tensor):
+    """A tensor that holds its `numbers` on the CPU; torch itself believes it to be on meta:0, a device without numbers."""
+
+    @staticmethod
+    def __new__(cls, gpu, numbers):
+        layout = dict(strides=numbers.stride(), storage_offset=numbers.storage_offset(), dtype=numbers.dtype)
+        x = torch.Tensor._make_wrapper_subclass(cls, numbers.size(), **layout, device="meta:0")
+        x.gpu, x.numbers = gpu, numbers
+        return x
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    device = property(lambda self: torch.device(self.gpu.kind, 0))
+    is_cuda = property(lambda self: self.gpu.kind == "cuda")
+    is_mps = property(lambda self: self.gpu.kind == "mps")
+    is_meta = property(lambda self: False)
+
+    @classmethod
+    def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
+        raise RuntimeError(f"{operation}: the pretend GPU of this tensor is no more")
+
+    def __repr__(self):
+        return f"{self.numbers}, device='{self.device}'"
+
+    def __reduce_ex__(self, protocol):  # as torch.save stores it
+        self.gpu.waits["save"] += 1
+        return self.numbers.__reduce_ex__(protocol)
+
+    def tolist(self):
+        self.gpu.waits["tolist"] += 1
+        return self.numbers.tolist()
+
+    def numpy(self):
+        raise TypeError(f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() first")
+
+
+class PretendGpu(TorchDispatchMode):
+    """Computes what is on the pretend device `kind`; `waits` counts, by the reason, how often the host had to wait for it."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.half, self.generators, self.waits = kind, False, {}, Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name, kwargs = operation.__name__.split(".")[0], dict(kwargs or {})
+        inputs = []
+        each(inputs.append, (args, kwargs))
+        mine = [x for x in inputs if isinstance(x, GpuTensor)]
+        on_cpu = [x for x in inputs if isinstance(x, torch.Tensor) and x.device.type == "cpu"]
+        here = bool(mine)
+        if kwargs.get("device"):
+            here = self.is_here(torch.device(kwargs["device"]))
+            kwargs["device"] = torch.device("cpu") if here else kwargs["device"]
+        self.count(name, args, kwargs, inputs, on_cpu, here)
+        if mine and name not in ("copy_", "_to_copy"):
+            self.refuse_both_devices(name, args, on_cpu)
+        if here and any(isinstance(x, torch._C.Generator) and x._cdata not in self.generators for x in inputs):
+            raise RuntimeError(f"{name}: Expected a '{self.kind}' device type for generator but found 'cpu'")
+        if name == "_fused_sdp_choice":
+            return 0  # attention by plain operations: what the CPU would choose is for CPU tensors
+        known, dtype = {id(x.numbers): x for x in mine}, self.cast(name, inputs)
+
+        def unwrap(x):
+            x = x.numbers if isinstance(x, GpuTensor) else x
+            return x.to(dtype) if dtype and isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+        def wrap(x):
+            if not isinstance(x, torch.Tensor) or id(x) in known:  # what is changed in place stays the same tensor
+                return known.get(id(x), x)
+            if self.kind == "mps" and x.dtype == torch.float64:
+                raise TypeError(
+                    "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64"
+                )
+            return GpuTensor(self, x)
+
+        made = operation(*each(unwrap, args), **each(unwrap, kwargs))
+        return each(wrap, made) if here else made
+
+    def is_here(self, device):
+        """What torch itself makes beside a GpuTensor, it makes on meta:0."""
+        if device.type == self.kind and device.index:
+            raise RuntimeError(f"{device}: invalid device ordinal")
+        return device.type == self.kind or device == torch.device("meta", 0)
+
+    def count(self, name, args, kwargs, inputs, on_cpu, here):
+        """Counts what the host waits for: copies, results that it needs, and masks, of which it needs how many are true."""
+        mine = any(isinstance(x, GpuTensor) for x in inputs)
+        if name in ("copy_", "_to_copy"):
+            up = isinstance(args[0], GpuTensor) if name == "copy_" else here
+            if up and on_cpu and not kwargs.get("non_blocking", args[2:] == (True,)):
+                self.waits["copy to the GPU"] += 1
+            if mine and not up:
+                self.waits["copy to the CPU"] += 1
+        elif mine and name in WAITS:
+            self.waits[name] += 1
+        elif mine and name.startswith("index"):
+            masks = [x for x in inputs[1:] if isinstance(x, torch.Tensor) and x.dtype == torch.bool]
+            self.waits["mask"] += len(masks)
+            self.waits["copy to the GPU"] += sum(x.dim() > 0 for x in on_cpu)
+
+    def refuse_both_devices(self, name, args, on_cpu):
+        """Only single numbers, and the indices of a tensor that is here, may be on the CPU."""
+        indices = args[1] if name.startswith("index") and isinstance(args[1], list | tuple) else ()
+        wrong = [x for x in on_cpu if x.dim() and not any(x is index for index in indices)]
+        if wrong:
+            raise RuntimeError(
+                f"{name}: Expected all tensors to be on the same device, but found {self.kind}:0 and cpu, {tuple(wrong[0].shape)}"
+            )
+
+    def cast(self, name, inputs):
+        """The dtype in which an operation has to run, where not in its inputs'. In a backward pass what was saved was not yet cast."""
+        floats = {x.dtype for x in inputs if isinstance(x, torch.Tensor) and x.is_floating_point()}
+        backward = torch._C._current_graph_task_id() != -1 and len(floats) > 1
+        to_float = AUTOCAST_TO_FLOAT if self.half else ()
+        to_half = AUTOCAST_TO_HALF if self.half or backward else ()
+        if torch.float64 in floats:
+            return None
+        if name.startswith("wkv7") or name in to_float or backward and name.endswith("norm_backward"):
+            return torch.float32  # wkv7: the CPU's part of kernel.cu has no other
+        if name.removesuffix("_backward") in to_half:
+            return torch.get_autocast_dtype(self.kind) if self.half else min(floats, key=lambda dtype: dtype.itemsize)
+        return None
+
+
+CUDA = dict(is_available=True, is_initialized=False, device_count=1, current_device=0, is_bf16_supported=True)
+CUDA |= dict(
+    get_device_name="pretend",
+    mem_get_info=(2**34, 2**34),
+    memory_reserved=0,
+    memory_allocated=0,
+    max_memory_allocated=2**30,
+)
+CUDA |= dict(_lazy_init=None, synchronize=None, empty_cache=None, reset_peak_memory_stats=None, manual_seed_all=None)
+
+
+def forget_kernels():
+    """What was compiled is looked for again, and what is missing is said again."""
+    modrwkv.kernel.cache_clear()
+    modrwkv.warn_slow.cache_clear()
+
+
+@contextlib.contextmanager
+def pretend_gpu(kind="cuda", kernel=True, capability=(8, 0)):
+    """Inside there is a GPU, for threads and libraries, too; torch.compile does nothing. kernel: whether kernel.cu can be compiled for it."""
+    gpu, to, run, set_autocast = PretendGpu(kind), torch.Tensor.to, threading.Thread.run, torch.set_autocast_enabled
+
+    def with_index(x):  # for which torch would ask the driver
+        return torch.device(kind, 0) if isinstance(x, str | torch.device) and str(x) == kind else x
+
+    def to_device(self, *args, **how):
+        return to(self, *map(with_index, args), **{name: with_index(x) for name, x in how.items()})
+
+    def run_thread(self):
+        with gpu:
+            run(self)
+
+    def set_autocast_enabled(device, on):
+        set_autocast(device, on)
+        gpu.half = on if device == kind else gpu.half
+
+    def casts(convolution):  # it compares dtypes before it is an operation
+        def function(x, weight, bias=None, *more):
+            half = torch.get_autocast_dtype(kind)
+            inputs = [z.to(half) if gpu.half and z is not None else z for z in (x, weight, bias)]
+            return convolution(*inputs, *more)
+
+        return function
+
+    class Generator(torch._C.Generator):
+        def __new__(cls, device="cpu"):
+            generator = super().__new__(cls, "cpu")
+            if torch.device(device).type == kind:
+                gpu.generators[generator._cdata] = generator
+            return generator
+
+    with pytest.MonkeyPatch.context() as m:
+        for name, value in CUDA.items() if kind == "cuda" else ():
+            m.setattr(torch.cuda, name, lambda *args, value=value, **how: value)
+        m.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        m.setattr(torch.cuda, "set_device", lambda device: torch.cuda._utils._get_device_index(device))
+        m.setattr(torch.version, "cuda", "13.0" if kind == "cuda" else None)
+        m.setattr(torch.backends.mps, "is_available", lambda: kind == "mps")
+        m.setattr(torch, "Generator", Generator)
+        m.setattr(torch, "compile", lambda function=None, **how: function)
+        m.setattr(torch, "set_autocast_enabled", set_autocast_enabled)
+        for name in ("conv1d", "conv2d"):
+            m.setattr(F, name, casts(getattr(F, name)))
+        m.setattr(torch.Tensor, "to", to_device, raising=False)
+        m.setattr(threading.Thread, "run", run_thread)
+        m.setattr(torch._C, "_InferenceMode", lambda on: torch.no_grad())  # which takes no tensors of a class like this
+        m.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)  # Module.to makes new parameters
+        m.setattr(torch.utils._foreach_utils, "_foreach_supported_types", [torch.Tensor, torch.nn.Parameter, GpuTensor])
+        if kernel:
+            m.setattr(modrwkv, "compile_for_gpu", modrwkv.compile_for_cpu)
+        forget_kernels()
+        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") is a copy of one on the CPU
+        try:
+            with gpu:
+                yield gpu
+        finally:
+            torch._C._set_only_lift_cpu_tensors(False)
+            forget_kernels()
+
+
+def test_the_pretend_gpu_refuses_what_a_gpu_refuses():
+    """As torch does on CUDA; and is gone afterwards."""
+    before = torch.cuda.is_available, torch.Tensor.to, torch.Generator, F.conv1d, modrwkv.compile_for_gpu
+    with pretend_gpu():
+        x, on_cpu = torch.ones(3, device="cuda"), torch.ones(3)
+        assert (x.device, x.is_cuda, x.cpu().is_cuda) == (torch.device("cuda:0"), True, False)
+        numbers_and_indices = (x + torch.tensor(2.0))[torch.tensor([0, 1])]  # from the CPU are taken
+        assert numbers_and_indices.tolist() == [3, 3]
+        for wrong in (
+            lambda: x + on_cpu,
+            lambda: torch.cat([x, on_cpu]),
+            lambda: on_cpu.mul_(x),
+            lambda: on_cpu[x.long()],
+            lambda: x.index_put_((torch.tensor([0, 1]),), on_cpu[:2]),
+            lambda: torch.multinomial(x, 1, generator=torch.Generator()),
+            lambda: torch.empty(1, device="cuda:1"),
+        ):
+            with pytest.raises(RuntimeError, match="same device|device type|ordinal"):
+                wrong()
+        with pytest.raises(ValueError, match="index"):
+            torch.cuda.set_device(torch.device("cuda"))
+        with pytest.raises(TypeError, match="numpy"):
+            x.numpy()
+    with pretend_gpu("mps"), pytest.raises(TypeError, match="float64"):
+        torch.ones(3, device="mps").double()
+    assert before == (torch.cuda.is_available, torch.Tensor.to, torch.Generator, F.conv1d, modrwkv.compile_for_gpu)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_the_pretend_gpu_computes_what_the_cpu_computes(kind, tmp_path):
+    """Three steps of AdamW and Muon from the same weights, gradients clipped; the checkpoint of each is the CPU's."""
+
+    def steps(device, path):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(
+            torch.nn.Conv1d(3, 8, 3), torch.nn.LayerNorm(6), torch.nn.GELU(), torch.nn.Linear(6, 4)
+        ).to(device)
+        optimizers = [torch.optim.AdamW(net.parameters(), fused=True), torch.optim.Muon([net[3].weight])]
+        for _ in range(3):
+            net(torch.randn(5, 3, 8).to(device)).square().mean().backward()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+            for optimizer in optimizers:
+                optimizer.step()
+            found = [x.grad.cpu() for x in net.parameters()] + [x.detach().cpu() for x in net.parameters()]
+            net.zero_grad()
+        torch.save((net.state_dict(), [optimizer.state_dict() for optimizer in optimizers]), path)
+        return found
+
+    want = steps("cpu", tmp_path / "cpu.pt")
+    with pretend_gpu(kind):
+        got = steps(kind, tmp_path / "gpu.pt")
+    assert all(map(torch.equal, got, want))
+    stored = [
+        tree_leaves(torch.load(tmp_path / name, map_location="cpu", weights_only=True)) for name in ("gpu.pt", "cpu.pt")
+    ]
+    got, want = ([x for x in leaves if isinstance(x, torch.Tensor)] for leaves in stored)
+    assert all(map(torch.equal, got, want)) and {type(x) for x in got} == {torch.Tensor}
+    assert len(got) == len(want) == 6 + 6 * 3 + 1  # weights, AdamW's moments and steps, Muon's momentum
+
+
+def test_the_pretend_gpu_casts_under_autocast_as_cuda():
+    """As torch's documentation lists it: matrix products in bfloat16, norms, softmax and sums in float32, gradients as the weights."""
+    net = torch.nn.Sequential(torch.nn.Conv1d(2, 2, 1), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2))
+    with pretend_gpu():
+        net.to("cuda")
+        with torch.autocast("cuda", torch.bfloat16):
+            half = net(torch.ones(2, 4, device="cuda"))
+            full = net[1](half.repeat(1, 2)), half.softmax(-1), half.sum(), half.exp()
+            with torch.autocast("cuda", enabled=False):
+                assert (net[2].weight @ net[2].weight.mT).dtype == torch.float32
+        assert half.dtype == torch.bfloat16 and {x.dtype for x in full} == {torch.float32}
+        half.sum().backward()
+        assert {p.grad.dtype for p in net.parameters()} == {torch.float32}
+        with pytest.raises(RuntimeError, match="dtype"):
+            half @ net[2].weight
+
+
+def test_the_pretend_gpu_counts_what_the_host_waits_for():
+    """What torch.cuda.set_sync_debug_mode warns of; not a copy with non_blocking."""
+    with pretend_gpu() as gpu:
+        x = torch.ones(3, device="cuda").add_(1).clamp(max=2)
+        x.copy_(torch.zeros(3), non_blocking=True)
+        assert not +gpu.waits
+        x.sum().item(), float(x[0]), bool(x.any())
+        x.tolist(), x.cpu(), x[x > 1], x.nonzero(), x[torch.tensor([1])], torch.tensor([1], device="cuda:0")
+    copies = {"copy to the CPU": 1, "copy to the GPU": 2}
+    assert +gpu.waits == {"_local_scalar_dense": 3, "tolist": 1, "mask": 1, "nonzero": 1} | copies
+
+
+SHORT = "--n_layer=2 --n_embd=64 --head_size=32 --encoder_width=32 --image_encoder=none --series_kernel=4".split()
+SHORT += "--series_stride=4 --lookback=24 --horizon=8 --level_steps=0 --warmup_steps=1 --schedule=constant".split()
+SHORT += "--batch_size=4 --max_steps=2 --dtype=float32 --adam_eps=1e-6 --num_workers=0".split()
+
+
+@pytest.fixture(scope="session")
+def senses(tmp_path_factory):
+    """A folder with a few records of each kind: image, audio, series, text and quiet (nothing is asked) .jsonl; x.csv; and
+    ckpt.pt, a language model that has learned to be brief."""
+    folder = tmp_path_factory.mktemp("senses")
+    wave = [math.sin(i / 3) + 5 for i in range(300)]
+    for n in range(4):
+        bars(folder / f"{n}.png", n + 1)
+        soundfile.write(folder / f"{n}.wav", 0.5 * np.sin(np.arange(3200 + 160 * n) * n / 5) + 0.01, 16000)
+    records = {
+        "image": [talk("<image>\nHow many?", str(n), "Many?", "no", image=f"{n}.png") for n in range(4)],
+        "audio": [talk("<audio>", "low", audio=f"{n}.wav") for n in range(4)],
+        "series": [{"target": wave[n : n + 60]} for n in range(4)],
+        "quiet": [{"text": "there is nothing to answer"}],
+        "text": [{"text": "what"}] + [talk("Up?", "no")] * 8,
+    }
+    records["series"] += [talk("<series>\nUp?", "yes", series=wave[:24])] * 4
+    for kind in records:
+        jsonl(folder / f"{kind}.jsonl", *records[kind])
+    (folder / "x.csv").write_text("y\n" + "".join(f"{y}\n" for y in wave))
+    line = *SHORT, f"--data={folder / 'text.jsonl'}", f"--out_dir={folder}", "--device=cpu", "--rwkv=6"
+    said(train.main, *line, "--max_steps=10", "--learning_rate=1e-2")
+    return folder
+
+
+ASKED = {  # by the kind of data: one prompt, or a forecast; what the chat is told; what else is scored
+    "image": (("--image=0.png", "--prompt=How many?"), "<1.png> How many?", "image.jsonl"),
+    "audio": (("--audio=0.wav", "--temperature=1", "--top_k=9"), "<1.wav>", "audio.jsonl"),
+    "series": (("--series=x.csv", "--horizon=20"), "<x.csv> Up?", "x.csv"),
+    "text": (("--raw", "--prompt=what", "--temperature=1", "--top_p=0.9"), "Up?", "text.jsonl"),
+}
+
+
+def train_resume_and_ask(device, kind, out, *flags):
+    """What is logged and printed when a user does that on a device, in the folder of `senses`."""
+    line = (*SHORT, f"--device={device}", f"--out_dir={out}", f"--data={kind}.jsonl", f"--val_data={kind}.jsonl")
+    line += tuple(flag.format(device=device) for flag in flags)
+    said(train.main, *line)
+    said(train.main, *line, "--resume", "--max_steps=3")
+    prompt, told, file = ASKED[kind]
+    ask = f"--out_dir={out}", f"--device={device}", "--max_new_tokens=4"
+    printed = [said(sample.main, *ask, *prompt), said(sample.main, *ask, f"--eval={file}")]
+    with patch("builtins.input", side_effect=[told, "And now?", ""]):
+        printed.append(said(sample.main, *ask, "--chat"))
+    return {key: column(out, key) for key in ("loss", "grad_norm", "val_loss")}, printed
+
+
+PINNED = pytest.mark.filterwarnings("ignore:'pin_memory' argument")  # torch's data loader is not taken in
+
+
+@PINNED
+@pytest.mark.parametrize(
+    "device, kind, encoder, flags",
+    [
+        ("cuda", "image", "patch", "--optimizer=muon --scan=bi --grad_accum=2 --num_workers=1"),
+        ("mps", "image", "siglip", "--phase=adapter --init_from=ckpt.pt"),
+        ("cuda", "image", "dinov2", "--rwkv=5 --scan=multi --n_layer=4 --cls=last --feature_cache=of_{device}"),
+        ("cuda", "audio", "mel", "--rwkv=6 --dtype=bfloat16 --checkpoint_activations"),
+        ("cuda", "audio", "whisper", "--phase=adapter --init_from=ckpt.pt --grad_accum=2 --dtype=bfloat16"),
+        ("mps", "audio", "wavlm", "--optimizer=muon --feature_cache=of_{device}"),
+        ("cuda", "series", "wavenet", "--optimizer=muon --loss_reduction=sample --dtype=bfloat16"),
+        ("mps", "series", "timer", "--series_kernel=0 --timer_weights=timer.safetensors --rwkv=5"),
+        ("cuda", "text", "none", "--rwkv=5 --l2wrap=0.01 --grad_accum=2 --dtype=bfloat16"),
+        ("mps", "text", "none", "--head_size=16"),
+    ],
+)
+def test_a_gpu_trains_resumes_and_answers_as_the_cpu_does(
+    device, kind, encoder, flags, senses, folders, tmp_path, monkeypatch
+):
+    """From the first flag to the score, the checkpoint, --resume, one prompt (or a forecast), --eval and --chat. In bfloat16 within what its
+    rounding does to three steps, as a GPU does not round where a CPU does."""
+    monkeypatch.chdir(senses)
+    for name, value in dict(width=16, PATCH=4, LAYERS=2, HEADS=2, HIDDEN=24).items():
+        monkeypatch.setattr(Timer, name, value)
+    modrwkv.write("timer.safetensors", randomise(Timer(Config()), 5).state_dict())
+    encoder = folders(encoder) if encoder in modrwkv.HUB else encoder
+    flags = (*flags.split(), *([] if kind == "text" else [f"--{kind}_encoder={encoder}"]))
+    want, printed = train_resume_and_ask("cpu", kind, tmp_path / "cpu", *flags)
+    with pretend_gpu(device):
+        got, printed_too = train_resume_and_ask(device, kind, tmp_path / "gpu", *flags)
+    half = "--dtype=bfloat16" in flags
+    for key, rounding in dict(loss=0.03, val_loss=0.03, grad_norm=0.1).items():
+        assert got[key] == pytest.approx(want[key], rel=rounding if half else 1e-5) and len(set(want[key])) >= 2
+    number = re.compile(r"\d+\.\d+")
+    for line, line_too in zip(printed, printed_too, strict=True) if not half else ():
+        assert number.sub("#", line_too) == number.sub("#", line)
+        assert [*map(float, number.findall(line_too))] == pytest.approx([*map(float, number.findall(line))], rel=1e-4)
+
+
+@PINNED
+@pytest.mark.parametrize(
+    "device, programs, reason",
+    [
+        ("cpu", {}, "there is no C++ compiler; install g++ or clang++"),
+        ("cpu", {"g++": "exit 1"}, "cannot compile kernel.cu"),
+        ("cuda", {}, "there is no nvcc; pip install"),
+        ("cuda", {"nvcc": "exit 1"}, "nvcc cannot compile kernel.cu"),
+        ("mps", {}, "not for mps"),
+    ],
+)
+def test_a_machine_without_the_kernel_trains_and_says_why_it_is_slower(
+    device, programs, reason, senses, tmp_path, monkeypatch, capsys
+):
+    """In one line, once; its losses are those of the machine that has it. programs: shell scripts, all that PATH holds."""
+    line = *SHORT, f"--data={senses / 'text.jsonl'}", f"--val_data={senses / 'text.jsonl'}"
+    said(train.main, *line, "--device=cpu", f"--out_dir={tmp_path / 'fast'}")
+    (tmp_path / "bin").mkdir()
+    for name, script in programs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    for name, value in dict(PATH=tmp_path / "bin", XDG_CACHE_HOME=tmp_path, CUDA_HOME=tmp_path, CXX="").items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setitem(sys.modules, "nvidia", None)  # where pip puts another nvcc
+    forget_kernels()
+    capsys.readouterr()
+    with pretend_gpu(device, kernel=False) if device != "cpu" else contextlib.nullcontext():
+        said(train.main, *line, f"--device={device}", f"--out_dir={tmp_path / 'slow'}")
+    forget_kernels()
+    slower = [line for line in capsys.readouterr().err.splitlines() if "several times slower" in line]
+    assert len(slower) == 1 and reason in slower[0]
+    for key in ("loss", "grad_norm", "val_loss"):
+        assert column(tmp_path / "slow", key) == pytest.approx(column(tmp_path / "fast", key), rel=1e-4)
+
+
+@PINNED
+@pytest.mark.parametrize("device, head_size", [("cpu", 48), ("cpu", 8), ("cuda", 8)])
+def test_head_sizes_that_the_kernel_lacks_train(device, head_size, senses, tmp_path, capsys):
+    """In PyTorch's operations, as the one line says."""
+    data = f"--data={senses / 'text.jsonl'}", f"--val_data={senses / 'text.jsonl'}", f"--out_dir={tmp_path}"
+    forget_kernels()
+    with pretend_gpu(device) if device != "cpu" else contextlib.nullcontext():
+        said(train.main, *SHORT, *data, f"--device={device}", f"--head_size={head_size}", "--n_embd=48")
+    losses = column(tmp_path, "loss")
+    assert len(losses) == 2 and losses[1] < losses[0]
+    assert f"not {head_size}\n" in capsys.readouterr().err
+
+
+@PINNED
+@pytest.mark.parametrize("capability, dtype, skipped", [((8, 0), "bfloat16", 0), ((7, 5), "float16", 3)])
+def test_a_gpu_trains_in_the_precision_that_it_has(capability, dtype, skipped, senses, tmp_path):
+    """bfloat16 from Ampere on. Before, float16 and its scale of gradients, which is halved at steps in which they overflow, and kept by a
+    checkpoint; the first gradient that does not is float32's."""
+    data = jsonl(tmp_path / "up.jsonl", *[talk("Up?", "no")] * 4)
+    line = *SHORT, f"--data={data}", f"--val_data={senses / 'quiet.jsonl'}"
+    said(train.main, *line, "--device=cpu", f"--out_dir={tmp_path / 'cpu'}")
+    with pretend_gpu(capability=capability):
+        out = f"--out_dir={tmp_path / 'gpu'}"
+        words = said(train.main, *line, out, "--device=cuda", "--dtype=auto", "--max_steps=4")
+        said(train.main, out, "--resume", "--max_steps=5")
+    assert f"cuda:0, {dtype}" in words
+    norms, losses = column(tmp_path / "gpu", "grad_norm"), column(tmp_path / "gpu", "loss")
+    assert [math.isfinite(x) for x in norms] == [False] * skipped + [True] * (5 - skipped)
+    assert norms[skipped] == pytest.approx(column(tmp_path / "cpu", "grad_norm")[0], rel=0.02)
+    assert losses[: skipped + 1] == pytest.approx(column(tmp_path / "cpu", "loss")[:1] * (skipped + 1), rel=0.02)
+    assert losses[skipped + 1] < 0.8 * losses[0]
+
+
+@PINNED
+def test_a_training_step_waits_for_the_gpu_only_where_it_logs(senses, tmp_path):
+    """Four steps more are no wait more; with a line in the log for each step there is one for each."""
+    data = ",".join(str(senses / f"{kind}.jsonl") for kind in ("image", "audio", "series", "text"))
+    line = *SHORT, f"--data={data}", f"--val_data={senses / 'quiet.jsonl'}", "--dtype=bfloat16", "--device=cuda"
+    line += "--image_encoder=patch", "--audio_encoder=mel", "--series_encoder=wavenet", "--scan=bi", "--n_layer=1"
+
+    def waits(steps, interval):
+        out = f"--out_dir={tmp_path / f'{steps} {interval}'}"
+        with pretend_gpu() as gpu:
+            said(train.main, *line, out, f"--max_steps={steps}", f"--log_interval={interval}")
+        return gpu.waits
+
+    rarely = waits(12, 100)
+    assert rarely == waits(8, 100)  # in eight steps each record comes once
+    assert waits(12, 1) - rarely == {"tolist": 11}
+
+
+def test_batches_may_be_on_the_gpu_already(model, folders):
+    """FSDP2 moves what a module is given to its device, as it does it; both kinds of encoders."""
+    from torch.distributed.utils import _to_kwargs
+
+    pretrained = dict(image_encoder=folders("dinov2"), audio_encoder=folders("whisper"))
+    frozen = randomise(ModRWKV(dataclasses.replace(SMALL, **pretrained)))
+    eyes, ears = torch.from_numpy(pixels(1, 3, 32, 32)), torch.from_numpy(pixels(2, 9000)) / 255
+    samples = {
+        copy.deepcopy(model).float(): [
+            [picture(0), sound(1), series(2), ("answer", codes("abc"))],
+            [("forecast", (series(3, 48)[1], torch.ones(12, 12)))],
+        ],
+        frozen: [[("image", [eyes]), ("audio", ears), ("answer", codes("abc"))]],
+    }
+    for net, batch in samples.items():
+        want = net.loss(batch).item()
+        with pretend_gpu():
+            net.to("cuda")
+            for given in (batch, net.collate(batch)):
+                [[moved]], _ = _to_kwargs((given,), {}, torch.device("cuda", 0), False)
+                assert net.loss(moved).item() == pytest.approx(want, rel=1e-5)

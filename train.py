@@ -571,7 +571,8 @@ def main(argv=None):
         dist.barrier()
     paths, held_out = find_data(s.data, s.val_data)
     records, val = read_data(paths, held_out)
-    print0(f"data: {len(records):,} records of {', '.join(map(os.path.relpath, paths))}, {len(val):,} held out")
+    names = ", ".join(map(os.path.relpath, paths))
+    print0(f"data: {len(records):,} records to learn from ({names}), {len(val):,} held out")
     if any(record.get("audio") for record in val):
         errors([("a", "a")])  # better to miss jiwer now than when the answers are scored
     model = start_model(s, config, given, records, ckpt).train()
