@@ -5662,9 +5662,10 @@ def test_info(trained, tmp_path):
         f"--{name}={value}" for name, value in dataclasses.asdict(model.config).items()
     }
     contents = read_checkpoint(out)
-    contents["config"] |= {"image_encoder": "not/here", "audio_encoder": "mel"}
+    contents["config"]["image_encoder"] = "not/here"
     torch.save({"model": contents["model"], "config": contents["config"]}, tmp_path / "x.pt")
-    first, _, changed, _ = said(sample.main, f"--out_dir={tmp_path / 'x.pt'}", "--info", "--template=v3").splitlines()
+    flags = f"--out_dir={tmp_path / 'x.pt'}", "--info", "--template=v3", "--audio_encoder=mel"
+    first, _, changed, _ = said(sample.main, *flags).splitlines()
     assert first.endswith("takes text, image, audio") and "--image_encoder=not/here --audio_encoder=mel" in changed
     assert "--template=v3" in changed
     path, _ = released("WorldRWKV, pictures", tmp_path / "x.pth")
