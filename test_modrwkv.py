@@ -5539,7 +5539,7 @@ def test_chat_keeps_the_state(trained, counting, monkeypatch):
 def test_chat_shows_the_media_of_its_flags_until_a_question_is_answered(trained, counting, monkeypatch, capsys):
     """As with the prompt given by a flag; later questions are about nothing more."""
     path = counting[0].parent / "3.png"
-    line = [f"--out_dir={trained[0]}", f"--image={path}", "--max_new_tokens=30"]
+    line = [f"--out_dir={trained[0]}", f"--image={path}", "--max_new_tokens=2"]
     answered = said(sample.main, *line, "--prompt=How many?")
     asked = Mock(side_effect=sample.question)
     monkeypatch.setattr(sample, "question", asked)
@@ -5605,6 +5605,8 @@ def test_chat_takes_files_and_arrays(small_chat, tmp_path):
     picture = Image.fromarray(x)
     picture.save(tmp_path / "x.png")
     same = {"image": [tmp_path / "x.png", str(tmp_path / "x.png"), picture, x, torch.from_numpy(x)]}
+    palette = picture.quantize(16)
+    palette.save(tmp_path / "palette.png")
     gray = pixels(2, 20, 30)
     clear = np.dstack([x, 255 - gray])
     Image.fromarray(clear).save(tmp_path / "clear.png")
@@ -5616,6 +5618,7 @@ def test_chat_takes_files_and_arrays(small_chat, tmp_path):
     points[7] = None
     same["series"] = [str(tmp_path / "x.csv"), points, tuple(points), np.array(points, np.float64)]
     same = list(same.items()) + [("image", [tmp_path / "clear.png", clear]), ("image", [gray, np.dstack([gray] * 3)])]
+    same.append(("image", [tmp_path / "palette.png", palette]))
     blank = {"image": np.zeros_like(x), "audio": np.zeros_like(tone), "series": [1.0, 2.0]}
     for kind, forms in same:
         states = []
@@ -5646,6 +5649,7 @@ def test_chat_forecasts_in_the_units_of_a_series(small_chat, tmp_path):
     for wrong in ([1.0, "x"], np.zeros((3, 4)), None, [], [math.nan], np.array(["x"])):
         assert "series" in refusal(small_chat.forecast, wrong)
     assert "gone.csv" in refusal(small_chat.forecast, "gone.csv")
+    assert "--plot=x.jpg" in refusal(data_scores.draw_forecasts, "x.jpg", {}, 48)
 
 
 def test_info(trained, tmp_path):
@@ -5815,7 +5819,13 @@ NO_MEDIA = {
     "series": [5, object(), b"x", "gone.csv", "x.png", {"a": 1}, [], np.zeros((2, 9)), np.array(["x"]), [None]],
 }
 NO_MEDIA["image"] += [np.zeros((4, 4, 2), np.uint8), np.zeros((3, 9, 9), np.uint8), np.zeros((0, 4), np.uint8)]
-NO_MEDIA["image"] += [torch.zeros(4, 4), np.zeros((1, 4, 4, 3), np.uint8), np.zeros((4, 4), bool), io.BytesIO(b"x")]
+NO_MEDIA["image"] += [
+    torch.zeros(4, 4),
+    np.zeros(9, np.uint8),
+    np.zeros((1, 4, 4, 3), np.uint8),
+    np.zeros((4, 4), bool),
+    io.BytesIO(b"x"),
+]
 
 
 @pytest.mark.parametrize("kind", NO_MEDIA)
