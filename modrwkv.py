@@ -181,7 +181,7 @@ def wkv7_chunked(r, w, k, v, a, b, state=None, w_min=-math.inf):
 
     Args:
         w_min: what the caller knows w to be above, -e^{-1/2} for RWKV-7; if below -1, the smallest w is looked up,
-            for which a GPU has to be waited for
+            for which a GPU has to be waited for, and torch.compile breaks its graph
     """
     check_wkv7(r, w, k, v, a, b, state)
     B, T, H, N = r.shape
@@ -234,6 +234,7 @@ def wkv7_chunked(r, w, k, v, a, b, state=None, w_min=-math.inf):
 
 
 CHECKPOINT_EVERY = {"cpu": 32, "cuda": 16}  # steps between the states that kernel.cu keeps for its backward pass
+WARNED = set()  # reasons that were printed
 
 
 @functools.cache
@@ -256,20 +257,19 @@ def kernel(device_type):
     return library
 
 
-@functools.cache
 def warn_slow(reason):
-    line = f"the recurrence runs in PyTorch's own operations, which is several times slower: {reason}"
-    print(line, file=sys.stderr)
+    if reason not in WARNED:
+        WARNED.add(reason)
+        line = f"the recurrence runs in PyTorch's own operations, which is several times slower: {reason}"
+        print(line, file=sys.stderr)
 
 
-def has_kernel(device_type, head_size=64):
-    if head_size not in (16, 32, 64, 128):
-        warn_slow(f"kernel.cu has head sizes 16, 32, 64 and 128, not {head_size}")
-        return False
+def has_kernel(device_type):
     return kernel(device_type) is not None
 
 
-has_kernel._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its import of 1.5 seconds
+# torch.compiler.assume_constant_result, without its import of 1.5 seconds
+warn_slow._dynamo_marked_constant = has_kernel._dynamo_marked_constant = True
 
 
 def compile_for_cpu(source):
@@ -426,7 +426,9 @@ def wkv7(r, w, k, v, a, b, state=None, w_min=-math.inf):
     Arguments, results and errors are those of wkv7_loop; w_min: see wkv7_chunked.
     """
     check_wkv7(r, w, k, v, a, b, state)
-    if r.dtype in (torch.float32, torch.bfloat16, torch.float16) and has_kernel(r.device.type, int(r.shape[-1])):
+    if r.shape[-1] not in (16, 32, 64, 128):
+        warn_slow("kernel.cu has head sizes 16, 32, 64 and 128 alone")
+    elif r.dtype in (torch.float32, torch.bfloat16, torch.float16) and has_kernel(r.device.type):
         dtype = r.dtype if r.is_cuda else torch.float32
         dtypes = (dtype, torch.float32, dtype, dtype, dtype, dtype)  # the decay is sensitive
         six = [x.to(t).contiguous() for x, t in zip((r, w, k, v, a, b), dtypes)]

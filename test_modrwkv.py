@@ -46,6 +46,7 @@ import torch.utils.checkpoint
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -635,7 +636,7 @@ def test_rwkv7_without_a_kernel_reads_no_values(monkeypatch):
 
 @pytest.mark.parametrize("T", [1, 8, 97, 300])
 def test_wkv7_of_known_decays_reads_no_values(T):
-    """As RWKV-7 calls it: the loop's values, no copy to the host, and it compiles into one graph and runs on fake tensors."""
+    """As RWKV-7 calls it: the loop's values, and no copy to the host."""
     chunked = functools.partial(modrwkv.wkv7_chunked, w_min=-0.607)
     inputs = wkv7_inputs(T, 8, 0.6065, False, 1, True, seed=T)
 
@@ -644,10 +645,6 @@ def test_wkv7_of_known_decays_reads_no_values(T):
     assert "aten::bmm" in operations.names and "aten::_local_scalar_dense" not in operations.names
     for x, exact in zip(got, run_wkv7(modrwkv.wkv7_loop, inputs, torch.float64), strict=True):
         assert distance(x, exact) <= 1e-5
-    if T == 97:
-        compiled = torch.compile(chunked, fullgraph=True, backend="aot_eager")
-        for x, y in zip(run_wkv7(compiled, inputs, torch.float32), got, strict=True):
-            assert distance(x, y) < 1e-6
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -665,15 +662,23 @@ def test_wkv7_on_fake_tensors(method, N):
 
 def test_the_line_that_says_why_there_is_no_kernel(capsys):
     """Once for each reason."""
-    modrwkv.warn_slow.cache_clear()
+    modrwkv.WARNED.clear()
     modrwkv.kernel.cache_clear()
-    for device_type, head_size, reason in (
-        ("mps", 64, "kernel.cu is for CPUs and NVIDIA GPUs, not for mps"),
-        ("cpu", 48, "kernel.cu has head sizes 16, 32, 64 and 128, not 48"),
-    ):
-        assert not modrwkv.has_kernel(device_type, head_size) and not modrwkv.has_kernel(device_type, head_size)
-        line = f"the recurrence runs in PyTorch's own operations, which is several times slower: {reason}\n"
-        assert capsys.readouterr().err == line
+    for _ in range(2):
+        assert not modrwkv.has_kernel("mps")
+        modrwkv.wkv7(*wkv7_inputs(9, 48, 0.6, True, 1, True, seed=1))
+    reasons = "kernel.cu is for CPUs and NVIDIA GPUs, not for mps", "kernel.cu has head sizes 16, 32, 64 and 128 alone"
+    line = "the recurrence runs in PyTorch's own operations, which is several times slower: %s\n"
+    assert capsys.readouterr().err == "".join(line % reason for reason in reasons)
+
+
+def test_wkv7_without_a_kernel_compiles():
+    """Into one graph, for one length at a time, where decays are known: the values are those without torch.compile."""
+    function = functools.partial(modrwkv.wkv7, w_min=-0.607)
+    inputs = wkv7_inputs(97, 8, 0.6, True, 1, True, seed=1)
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager")
+    for x, y in zip(run_wkv7(compiled, inputs, torch.float32), run_wkv7(function, inputs, torch.float32), strict=True):
+        assert distance(x, y) < 1e-6
 
 
 def test_wkv7_of_free_decays_compiles():
@@ -812,6 +817,19 @@ def test_kernel_as_an_operator_of_torch(device, with_state):
 
 
 @needs_compiler
+def test_kernel_compiles_once_for_all_lengths():
+    """torch.compile: one graph, made twice at most; the values are the loop's."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(modrwkv.wkv7, fullgraph=True, dynamic=True, backend=counter)
+    for T in (17, 40, 77, 200):
+        inputs = wkv7_inputs(T, 16, 0.6, True, 1, False, seed=T)
+        got = run_wkv7(compiled, inputs, torch.float32)
+        for x, exact in zip(got, run_wkv7(modrwkv.wkv7_loop, inputs, torch.float32), strict=True):
+            assert distance(x, exact) < 1e-5
+    assert counter.frame_count <= 2
+
+
+@needs_compiler
 def test_kernel_takes_any_strides():
     inputs = wkv7_inputs(20, 16, 0.6, True, 1, True, seed=5)
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs[:6]] + [inputs[6].mT.contiguous().mT]
@@ -906,7 +924,7 @@ def gpus(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: found[i])
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     modrwkv.kernel.cache_clear()
-    modrwkv.warn_slow.cache_clear()
+    modrwkv.WARNED.clear()
     yield found
     modrwkv.kernel.cache_clear()
 
@@ -5101,10 +5119,10 @@ def test_the_last_line_names_the_next_command(trained, counting):
 def test_what_to_ask_next(tmp_path):
     at = lambda **record: dict(record, _folder=os.path.join(os.getcwd(), "x"))
     assert (
-        train.sample_command(at(text="a")).startswith("--raw ")
-        and train.sample_command(at(target=[1, 2])) == "--series=NUMBERS.csv"
+        data_records.sample_command(at(text="a")).startswith("--raw ")
+        and data_records.sample_command(at(target=[1, 2])) == "--series=NUMBERS.csv"
     )
-    assert train.sample_command(at(**talk("<audio>", "a", audio="y z.wav"))) == "--audio='x/y z.wav'"
+    assert data_records.sample_command(at(**talk("<audio>", "a", audio="y z.wav"))) == "--audio='x/y z.wav'"
     two = talk(
         "<image> and <audio><image>: what's that?",
         "a",
@@ -5113,13 +5131,14 @@ def test_what_to_ask_next(tmp_path):
         image=["1.png", "2.png", "3.png"],
         audio="a.wav",
     )
-    assert shlex.split(train.sample_command(at(**two))) == [
+    assert shlex.split(data_records.sample_command(at(**two))) == [
         "--image=x/1.png,x/2.png",
         "--audio=x/a.wav",
         "--prompt=<image> and <audio><image>: what's that?",
     ]
     assert (
-        train.sample_command(at(**talk("<series>\nUp?", "a", series=[1, 2]))) == "--series=NUMBERS.csv --prompt='Up?'"
+        data_records.sample_command(at(**talk("<series>\nUp?", "a", series=[1, 2])))
+        == "--series=NUMBERS.csv --prompt='Up?'"
     )
 
 
@@ -5465,6 +5484,145 @@ def test_one_process_goes_on_with_shards_and_two_with_the_whole(phase, optimizer
         assert column(tmp_path / "parts", "val_loss")[-1] == pytest.approx(
             column(tmp_path / "whole", "val_loss")[-1], abs=1e-5
         )
+
+
+def same_log(a, b):
+    """Whether two runs have the same losses, gradients and scores to the last bit."""
+    return all(column(a, key) == column(b, key) for key in ("step", "loss", "grad_norm", "tokens", "val_loss"))
+
+
+def test_the_trial_of_memory_changes_nothing(unequal, tmp_path, monkeypatch):
+    """Against a run without it, bit for bit; and it takes the longest records of all, not of the first batches."""
+    out, data, flags = unequal
+    seen = []
+    longest = train.Batches.longest
+
+    def recorded(batches):
+        seen.append(longest(batches).lengths.tolist())
+        return longest(batches)
+
+    monkeypatch.setattr(train.Batches, "longest", recorded)
+    said_memory = learn(tmp_path / "with", data, *flags)
+    monkeypatch.setattr(train, "try_longest", lambda *_: "no trial")
+    learn(tmp_path / "without", data, *flags)
+    assert same_log(tmp_path / "with", tmp_path / "without")
+    assert re.search(r"memory: .* [0-9.]+ GiB", said_memory)
+    batches = train.Batches(read_records(data[0]), train.Train(batch_size=16), load(out))
+    lengths = [n for step in range(12) for n in batches[step][0].lengths.tolist()]
+    assert len(seen) == 1 and len(seen[0]) == 16 and max(seen[0]) == max(lengths)
+
+
+@pytest.mark.parametrize("calls", [0, 1, 4], ids=["in the trial", "in the first step", "in a later step"])
+def test_running_out_of_memory_is_one_sentence(calls, counting, tmp_path, monkeypatch):
+    """As torch raises it on a GPU, and what the CPU's allocator says."""
+    loss = ModRWKV.loss
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ):
+        left = [calls]
+
+        def fails(*args, **more):
+            left[0] -= 1
+            if left[0] < 0:
+                raise error
+            return loss(*args, **more)
+
+        monkeypatch.setattr(ModRWKV, "loss", fails)
+        message = refusal(learn, tmp_path / type(error).__name__, counting, "--max_steps=9")
+        assert all(flag in message for flag in ("--grad_accum", "--batch_size", "--checkpoint_activations", "--shard"))
+
+
+@pytest.mark.parametrize("flag, size", [("", 2), ("--eval_batch_size=3", 3)])
+def test_evaluation_takes_micro_batches_of_the_training(flag, size, counting, tmp_path, monkeypatch):
+    """Counted where samples become batches, of the loss and of generation alike; autocast is the training's."""
+    sizes, dtypes = [], set()
+    collate, backbone = ModRWKV.collate, ModRWKV.backbone
+
+    def collated(model, samples):
+        if isinstance(samples, list) and not model.training:
+            sizes.append(len(samples))
+        return collate(model, samples)
+
+    def cast(model, x, *args, **more):
+        y = backbone(model, x, *args, **more)
+        dtypes.add((model.training, model.head(y[0]).dtype))
+        return y
+
+    monkeypatch.setattr(ModRWKV, "collate", collated)
+    monkeypatch.setattr(ModRWKV, "backbone", cast)
+    flags = ("--max_steps=1", "--grad_accum=4", "--dtype=bfloat16", "--num_workers=0", *flag.split())
+    learn(tmp_path, (counting[0], counting[0]), *flags)
+    assert max(sizes) == size and dtypes == {(True, torch.bfloat16), (False, torch.bfloat16)}
+
+
+def test_workers_change_nothing_and_name_the_record(counting, tmp_path):
+    """Against batches prepared in the process itself, bit for bit; and killed between, against both."""
+    flags = ("--max_steps=9", "--save_interval=4", "--eval_interval=5", "--grad_accum=2")
+    for n in (0, 2):
+        learn(tmp_path / f"{n}", counting, *flags, f"--num_workers={n}")
+    assert same_log(tmp_path / "0", tmp_path / "2")
+    learn(tmp_path / "begun", counting, "--max_steps=4", "--grad_accum=2", "--schedule=constant", "--num_workers=2")
+    for n in (0, 2):
+        shutil.copytree(tmp_path / "begun", tmp_path / f"on{n}")
+        said(train.main, "--resume", f"--out_dir={tmp_path / f'on{n}'}", "--max_steps=9", f"--num_workers={n}")
+    assert same_log(tmp_path / "on0", tmp_path / "on2")
+    bad = jsonl(tmp_path / "bad.jsonl", talk("<image>?", "a", image="gone.png"), talk("?", "a"))
+    message = refusal(learn, tmp_path / "bad", (bad, counting[1]), "--max_steps=9", "--num_workers=2")
+    assert "bad.jsonl, line 1" in message and "gone.png" in message
+
+
+def test_compiled_blocks_learn_the_same(digits, tmp_path, monkeypatch):
+    """Against eager blocks; the compilations of a run with all lengths of data/digits are counted, not their speed."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **how: compile_module(self, backend="aot_eager", **how)
+    )
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    data, flags = (
+        (digits / "train.jsonl", digits / "train.jsonl"),
+        ("--n_layer=4", "--max_steps=24", "--eval_interval=8", "--eval_samples=4"),
+    )
+    learn(tmp_path / "eager", data, *flags)
+    learn(tmp_path / "compiled", data, *flags, "--compile", "--save_interval=12")
+    assert 1 <= counters["stats"]["unique_graphs"] <= 4 and not counters["graph_break"]
+    assert column(tmp_path / "compiled", "loss") == pytest.approx(column(tmp_path / "eager", "loss"), rel=1e-4)
+    assert kept(tmp_path / "compiled").keys() == kept(tmp_path / "eager").keys()
+    said(train.main, "--resume", f"--out_dir={tmp_path / 'compiled'}", "--max_steps=26")
+    torch._dynamo.reset()
+
+
+def test_presets_and_settings_are_shown(counting, tmp_path, capsys):
+    """A preset belongs to its data set, however the folder is spelled; --help shows the values that a run will have."""
+    folder = REPO / "data" / "shapes"
+    spelled = {train.presets(name) for name in ("shapes", str(folder), f"{folder}/", os.path.relpath(folder))}
+    assert spelled == {train.PRESETS["shapes"]} and train.presets("mine.jsonl") == ""
+    for flags in (["--data=shapes"], ["--data=digits,shapes", "--n_layer=3"]):
+        with pytest.raises(SystemExit):
+            train.main([*flags, "--help"])
+        words = " ".join(capsys.readouterr().out.split())
+        assert "[4000]" in words and "so many steps; 0: all at once [100]" in words.replace("each so", "so")
+    s, config, given = sample.flags(
+        "", train.Train, Config, argv=["--data=shapes", "--n_layer=5"], presets=train.presets
+    )
+    assert (s.max_steps, config.n_layer, config.prompt_style, given) == (4000, 5, "last", {"data", "n_layer"})
+    words = learn(tmp_path, counting, "--max_steps=1")
+    [line] = [line for line in words.splitlines() if line.startswith("settings: ")]
+    assert "--n_embd=64" in line and "--max_steps=1" in line and "--seed" not in line
+
+
+def test_a_text_file_trains_without_encoders(tmp_path):
+    """Its last twentieth is held out."""
+    text = "".join(f"{i} is a number. " for i in range(200))
+    (tmp_path / "my.txt").write_text(text)
+    words = said(train.main, *TINY, f"--data={tmp_path / 'my.txt'}", "--max_steps=2", f"--out_dir={tmp_path / 'out'}")
+    model = load(tmp_path / "out")
+    assert len(model.encoder) == 0 and model.config.image_encoder == "none"
+    records, val = data_records.read_data([str(tmp_path / "my.txt")], [])
+    assert records[0]["text"] + val[0]["text"] == text and len(val[0]["text"]) == len(text) // 20
+    assert "1 records to learn from" in words and "--raw" in words
 
 
 # ---------------------------------------------------------------------------------------------- sample.py
@@ -6360,6 +6518,7 @@ def test_a_gpu_trains_in_the_precision_that_it_has(capability, dtype, skipped, s
     assert norms[skipped] == pytest.approx(column(tmp_path / "cpu", "grad_norm")[0], rel=0.02)
     assert losses[: skipped + 1] == pytest.approx(column(tmp_path / "cpu", "loss")[:1] * (skipped + 1), rel=0.02)
     assert losses[skipped + 1] < 0.8 * losses[0]
+    assert kept(tmp_path / "gpu", "scaler").get("scale") == (65536 / 2**skipped if skipped else None)
 
 
 @PINNED

@@ -17,7 +17,6 @@ import json
 import math
 import os
 import random
-import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
@@ -37,14 +36,12 @@ from data.records import (
     find_data,
     held_out_samples,
     read_data,
-    record_media,
     record_sample,
-    record_turns,
     rough_length,
+    sample_command,
 )
 from data.released import read_checkpoint
 from data.scores import draw_curve, errors, report, score
-from data.text import PLACEHOLDER
 from modrwkv import (
     ENCODERS,
     MEDIA,
@@ -53,6 +50,7 @@ from modrwkv import (
     ModRWKV,
     build,
     freeze,
+    has_kernel,
     parameter_groups,
     read_timer,
     setting,
@@ -161,13 +159,13 @@ class Batches(Dataset):
         self.model = without_weights(model)
         self.levels = [record.get("level", 0) for record in records]
         self.lengths = [rough_length(model, record, settings.ctx_len) for record in records]
-        self.order = functools.lru_cache(2)(self.order)
-        self.bucket = functools.lru_cache(2)(self.bucket)
 
+    @functools.lru_cache(2)
     def order(self, epoch):
         generator = torch.Generator().manual_seed(self.settings.seed * 1000003 + epoch)
         return torch.randperm(len(self.records), generator=generator).tolist()
 
+    @functools.lru_cache(2)
     def bucket(self, b):
         """The batches of BUCKET steps, as lists of (place in the run, index of the record)."""
         s, rng, n = self.settings, random.Random(f"{self.settings.seed} {b}"), len(self.records)
@@ -208,12 +206,16 @@ class Batches(Dataset):
     def collate(self, places):
         return self.model.collate([self.sample(*place) for place in places])
 
+    @functools.lru_cache(16)
+    def whole(self, i):
+        """A text or a series, of which each sample is a window."""
+        return record_sample(self.model, self.records[i])
+
     def sample(self, place, i):
         """The segments of record i; of a text or a series a window, at random by its place in the run."""
-        sample = record_sample(self.model, self.records[i])
         if self.records[i].get("conversations"):
-            return sample
-        [(kind, data)] = sample
+            return record_sample(self.model, self.records[i])
+        [(kind, data)] = self.whole(i)
         rng = random.Random(f"{self.settings.seed} {place}")
         if kind == "forecast":
             return self.model.window(data, rng)
@@ -240,11 +242,9 @@ def start_process(s):
     device = find_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if (
-        world > 1
-    ):  # two backends: counts are exchanged on the CPU, gradients where they are; the first process scores alone
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+    if world > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # counts are exchanged on the CPU
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # others wait while the first one scores
     return rank, world, device
 
 
@@ -354,9 +354,8 @@ def learning_rate(step, s):
     """Of a step, counted from 0 ([1]'s "wsd" is what is called cosine here)."""
     if step < s.warmup_steps:
         return s.learning_rate * (step + 1) / s.warmup_steps
-    length = {"wsd": s.decay_fraction * s.max_steps, "cosine": s.max_steps - s.warmup_steps, "constant": 1e-9}[
-        s.schedule
-    ]
+    lengths = {"wsd": s.decay_fraction * s.max_steps, "cosine": s.max_steps - s.warmup_steps, "constant": 1e-9}
+    length = lengths[s.schedule]
     p = min(1, max(0, (step + 1 - (s.max_steps - length)) / max(length, 1e-9)))  # how much of the decay is done
     left = {"wsd": 1 - p, "cosine": (1 + math.cos(math.pi * p)) / 2, "constant": 1}[s.schedule]
     return s.lr_final + (s.learning_rate - s.lr_final) * left
@@ -480,7 +479,10 @@ class Log:
                     "the last checkpoint is kept"
                 )
             self.loss_ema = loss if self.loss_ema is None else 0.95 * self.loss_ema + 0.05 * loss
-            self.write(step=entry["step"], loss=loss, grad_norm=norm, **{k: v for k, v in entry.items() if k != "step"})
+            finite = (
+                norm if math.isfinite(norm) else None
+            )  # float16's first steps, while its scale is found, are skipped
+            self.write(**entry | {"loss": loss, "grad_norm": finite})
 
 
 @torch.no_grad()
@@ -523,20 +525,6 @@ def describe(s, model, device, dtype, world, first):
     )
     then = f", from step {first} on" if first else ""
     print0(f"training: {s.max_steps - first} steps of {s.batch_size} samples into {s.out_dir}{then}")
-
-
-def sample_command(record):
-    """The flags of sample.py that ask what a record asks first."""
-    if not record.get("conversations"):
-        return "--series=NUMBERS.csv" if "target" in record else "--raw --temperature=0.8"
-    question, _ = record_turns(record)[0]
-    media = list(record_media(record))[: len(PLACEHOLDER.findall(question))]
-    words = []
-    for kind in MEDIA:
-        paths = [os.path.relpath(path) if isinstance(path, str) else "NUMBERS.csv" for k, path in media if k == kind]
-        words += [f"--{kind}={shlex.quote(','.join(paths))}"] if paths else []
-    prompt = PLACEHOLDER.sub("", question).strip() if len(media) == 1 and PLACEHOLDER.match(question) else question
-    return " ".join(words + ([f"--prompt={shlex.quote(prompt)}"] if prompt else []))
 
 
 def main(argv=None):
@@ -598,8 +586,9 @@ def main(argv=None):
     # one process, several with the same weights (DDP), or several with a part of them each (FSDP2)
     objective = Loss(model, s)
     compiled = s.compile
-    if compiled is None:
-        compiled = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    if compiled is None:  # the recurrence in PyTorch's own operations compiles for minutes
+        fast = model.config.head_size in (16, 32, 64, 128) and device.type == "cuda" and has_kernel("cuda")
+        compiled = fast and importlib.util.find_spec("triton") is not None
     if compiled:
         for block in model.blocks:
             block.compile(dynamic=True)
