@@ -233,7 +233,7 @@ def run_chat(chat, prompt, media, sampling):
             break
         files = {kind: list(paths) for kind, paths in media.items()}
         for path in re.findall(r"<([^<>]+\.\w+(?:#[^<>]+)?)>", prompt):
-            is_sound = path.lower().endswith((".wav", ".flac", ".ogg", ".mp3"))
+            is_sound = path.lower().endswith((".wav", ".flac", ".ogg", ".mp3", ".m4a"))
             kind = "audio" if is_sound else "series" if ".csv" in path.lower() else "image"
             prompt = prompt.replace(f"<{path}>", f"<{kind}>", 1)
             files.setdefault(kind, []).append(path)
@@ -276,7 +276,7 @@ def main(argv=None):
         return
 
     # the next points of series
-    if list(media) == ["series"] and not s.prompt and not s.chat:
+    if list(media) == ["series"] and not (s.prompt or s.chat or s.raw):
         forecasts = {path: chat.forecast(path, s.horizon or None) for path in media["series"]}
         for path, points in forecasts.items():
             print(f"{path}: " + " ".join(f"{point:.6g}" for point in points))

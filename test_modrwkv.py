@@ -5695,13 +5695,17 @@ def test_chat_keeps_the_state(trained, counting, monkeypatch):
 
 
 def test_chat_shows_the_media_of_its_flags_until_a_question_is_answered(trained, counting, monkeypatch, capsys):
-    """As with the prompt given by a flag."""
+    """As with the prompt given by a flag; later questions are about nothing more."""
     path = counting[0].parent / "3.png"
-    line = [f"--out_dir={trained[0]}", f"--image={path}", "--max_new_tokens=30"]
+    line = [f"--out_dir={trained[0]}", f"--image={path}", "--max_new_tokens=2"]
     answered = said(sample.main, *line, "--prompt=How many?")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("<gone.png>?\nHow many?\n"))
-    assert said(sample.main, *line, "--chat").endswith(f"> > {answered}> ")
+    asked = Mock(side_effect=sample.question)
+    monkeypatch.setattr(sample, "question", asked)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("<gone.png>?\nHow many?\nLoud?\n"))
+    assert f"> > {answered}> " in said(sample.main, *line, "--chat")
     assert "gone.png" in capsys.readouterr().err
+    shown = [("image", str(path))]
+    assert [call.args[2] for call in asked.call_args_list] == [[*shown, ("image", "gone.png")], shown, []]
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     assert said(sample.main, *line, "--chat", "--prompt=How many?").endswith(f"\n{answered}> ")
 
@@ -5759,6 +5763,8 @@ def test_chat_takes_files_and_arrays(small_chat, tmp_path):
     picture = Image.fromarray(x)
     picture.save(tmp_path / "x.png")
     same = {"image": [tmp_path / "x.png", str(tmp_path / "x.png"), picture, x, torch.from_numpy(x)]}
+    palette = picture.quantize(16)
+    palette.save(tmp_path / "palette.png")
     gray = pixels(2, 20, 30)
     clear = np.dstack([x, 255 - gray])
     Image.fromarray(clear).save(tmp_path / "clear.png")
@@ -5770,6 +5776,7 @@ def test_chat_takes_files_and_arrays(small_chat, tmp_path):
     points[7] = None
     same["series"] = [str(tmp_path / "x.csv"), points, tuple(points), np.array(points, np.float64)]
     same = list(same.items()) + [("image", [tmp_path / "clear.png", clear]), ("image", [gray, np.dstack([gray] * 3)])]
+    same.append(("image", [tmp_path / "palette.png", palette]))
     blank = {"image": np.zeros_like(x), "audio": np.zeros_like(tone), "series": [1.0, 2.0]}
     for kind, forms in same:
         states = []
@@ -5800,6 +5807,7 @@ def test_chat_forecasts_in_the_units_of_a_series(small_chat, tmp_path):
     for wrong in ([1.0, "x"], np.zeros((3, 4)), None, [], [math.nan], np.array(["x"])):
         assert "series" in refusal(small_chat.forecast, wrong)
     assert "gone.csv" in refusal(small_chat.forecast, "gone.csv")
+    assert "--plot=x.jpg" in refusal(data_scores.draw_forecasts, "x.jpg", {}, 48)
 
 
 def test_info(trained, tmp_path):
@@ -5816,9 +5824,10 @@ def test_info(trained, tmp_path):
         f"--{name}={value}" for name, value in dataclasses.asdict(model.config).items()
     }
     contents = read_checkpoint(out)
-    contents["config"] |= {"image_encoder": "not/here", "audio_encoder": "mel"}
+    contents["config"]["image_encoder"] = "not/here"
     torch.save({"model": contents["model"], "config": contents["config"]}, tmp_path / "x.pt")
-    first, _, changed, _ = said(sample.main, f"--out_dir={tmp_path / 'x.pt'}", "--info", "--template=v3").splitlines()
+    flags = f"--out_dir={tmp_path / 'x.pt'}", "--info", "--template=v3", "--audio_encoder=mel"
+    first, _, changed, _ = said(sample.main, *flags).splitlines()
     assert first.endswith("takes text, image, audio") and "--image_encoder=not/here --audio_encoder=mel" in changed
     assert "--template=v3" in changed
     path, _ = released("WorldRWKV, pictures", tmp_path / "x.pth")
@@ -5946,7 +5955,12 @@ OF_SAMPLE |= {
     "--eval=good.jsonl --batch_size=0": "batch_size",
 }
 OF_SAMPLE |= {f"--eval=good.jsonl {other}": "--eval" for other in ("--prompt=Hi", "--image=good.png", "--chat")}
-OF_SAMPLE |= {"--raw --image=good.png": "--raw", "--raw --chat": "--raw", "--info --eval=good.jsonl": "--info --eval"}
+OF_SAMPLE |= {
+    "--raw --image=good.png": "--raw",
+    "--raw --series=x.csv": "--raw",
+    "--raw --chat": "--raw",
+    "--info --eval=good.jsonl": "--info --eval",
+}
 OF_SAMPLE |= {"--prompt=Hi --temperature=-1": "temperature=-1", "--series=good.png": "good.png"}
 
 
@@ -5963,7 +5977,13 @@ NO_MEDIA = {
     "series": [5, object(), b"x", "gone.csv", "x.png", {"a": 1}, [], np.zeros((2, 9)), np.array(["x"]), [None]],
 }
 NO_MEDIA["image"] += [np.zeros((4, 4, 2), np.uint8), np.zeros((3, 9, 9), np.uint8), np.zeros((0, 4), np.uint8)]
-NO_MEDIA["image"] += [torch.zeros(4, 4), np.zeros((1, 4, 4, 3), np.uint8), np.zeros((4, 4), bool), io.BytesIO(b"x")]
+NO_MEDIA["image"] += [
+    torch.zeros(4, 4),
+    np.zeros(9, np.uint8),
+    np.zeros((1, 4, 4, 3), np.uint8),
+    np.zeros((4, 4), bool),
+    io.BytesIO(b"x"),
+]
 
 
 @pytest.mark.parametrize("kind", NO_MEDIA)
