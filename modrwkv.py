@@ -25,21 +25,21 @@ Glossary. B, T, C: batch, time, n_embd. H, N: heads, channels of a head. V: voca
 
     symbol in code   [2]: symbol, equation     meaning                                            place
     token_shift      x_{t-1}, 3                token shift: a token sees the one before it, too   token_shift
-    x_r x_w x_k ...  mu_r mu_d mu_k ..., 3     weights of the PREVIOUS token in the inputs of r, d, k ...  TimeMix7
+    x_r x_w x_k ...  mu_r mu_d mu_k ..., 3     weights of the PREVIOUS token, of r, d, k ...      TimeMix7
     xr xw xk ...     x^r_t x^d_t x^k_t ..., 3  these inputs: lerp(x_t, x_{t-1}, mu), 1            TimeMix7.forward
-    w1 w2 w0, a1 ..  A_d B_d lambda_d, 2       loramlp: two low-rank matrices and a bias; of d a nu g  TimeMix7
+    w1 w2 w0, a1 ..  A_d B_d lambda_d, 2       loramlp: low-rank matrices, bias; of d, a, nu, g   TimeMix7
     iclr             a_t, 4                    in-context learning rate                           TimeMix7.forward
     k                k_t, 5                    key precursor                                      TimeMix7.forward
-    kk; k_k          kappa_t, 6; xi            removal key, its multiplier; of unit length below  TimeMix7.forward
+    kk; k_k          kappa_t, 6; xi            removal key, removal key multiplier                TimeMix7.forward
     kk               kappa-hat_t, 15           removal key of unit length per head                TimeMix7.forward
     k; k_a           k-tilde_t, 7; alpha       replacement key, replacement rate booster          TimeMix7.forward
     nu               nu_t, 8                   value residual gate                                TimeMix7.forward
-    v, v_first       v'_t,l, 9; v'_t,0; v_t 10 value precursors of this layer and of layer 0; value  TimeMix7.forward
+    v, v_first       v'_t,l, 9; v'_t,0; v_t 10 value precursor, that of layer 0; value            TimeMix7.forward
     d                d_t, 11                   decay precursor                                    TimeMix7.forward
     w                log w_t, 12               log of the decay, in (-0.607, 0)                   TimeMix7.forward
     r                r_t, 13                   receptance, what a query is in attention           TimeMix7.forward
     g                g_t, 14                   output gate                                        TimeMix7.forward
-    S, state         wkv_t, 16 to 18          state, H x N x N: rows value channels, columns keys'           wkv7_loop
+    S, state         wkv_t, 16 to 18           state (H, N, N): a row a value channel             wkv7_loop
     a, b             -kappa-hat_t,             so that the transition matrix G_t, 19, of S <- S G_t + ...
                      a_t * kappa-hat_t         is diag(w_t) + a^T b = diag(w_t) - kappa-hat^T (a_t * kappa-hat)
     bonus; r_k       u_t, 20; rho              bonus for the current token, its weight            TimeMix7.forward
@@ -48,7 +48,7 @@ Glossary. B, T, C: batch, time, n_embd. H, N: heads, channels of a head. V: voca
 
     [1] eq. 1  h_t = W h_{t-1} + U x_t         any linear RNN: one with a state that is a matrix  wkv7_loop
         eq. 2  s_t = e^{-w_t} s_{t-1} + k_t v_t^T           decay alone: RWKV-5 and 6, a = b = 0  TimeMix5, TimeMix6
-        eq. 3  s_t = G_t s_{t-1} + a_t k_t v_t^T            delta rule; [2], 6 and 7, has two keys for k  TimeMix7
+        eq. 3  s_t = G_t s_{t-1} + a_t k_t v_t^T            delta rule; k has two keys in [2]     TimeMix7
         eq. 4  h = Linear2(ReLU(Linear1(x)))   the adapter; the authors' code adds a LayerNorm    Adapter
         eq. 5  y = Conv1D(x), L' = ...         sequence compression, no bias, padded on the left  Adapter
     [3] eq. 1  alpha_t, mu                     token shift; these mu are of the CURRENT token     TimeMix5.mix
@@ -59,7 +59,7 @@ Glossary. B, T, C: batch, time, n_embd. H, N: heads, channels of a head. V: voca
         eq. 6  alpha_t = ddlerp(...) W         r, k, v, g                                         TimeMix5.forward
         eq. 7  d_t; eq. 8  w_t = exp(-exp d_t) data-dependent decay                               TimeMix6.mix
         eq. 9  wkv_t (its product is over j = i + 1 to t - 1)                                     TimeMix5.forward
-        3.2.3  sandwich prompt                 question, picture, question: prompt_style="sandwich"  data/text.py
+        3.2.3  sandwich prompt                 prompt_style="sandwich": PROMPT_STYLES             data/text.py
         3.2.4  bidirectional scan              every second layer reads pictures backwards        scan
 
 Initial values ([4], generate_init_weight): layer l of L, channel i of C, q = i / C, u = i / (C - 1), c = u - 1/2,
@@ -1893,10 +1893,8 @@ def check(device):
         outputs[name] = y, *torch.autograd.grad(y, inputs, dy)
         times[name].append((t1 - t0, now() - t0))
     print(f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device))
-    print(f"{B} x {T} steps x {H} heads of {N}, float32; largest deviation from wkv7_loop in float64, relative to the")
-    print(
-        f"largest value\n{'':14}{'deviation':>11}{'of gradients':>14}{'forward':>13}{'with backward':>17}{'speed':>10}"
-    )
+    print(f"{B} x {T} steps x {H} heads of {N}, float32; largest deviation from float64, relative to the largest value")
+    print(f"{'':14}{'deviation':>11}{'of gradients':>14}{'forward':>13}{'with backward':>17}{'speed':>10}")
     for name in methods:
         deviations = [((x.cpu() - e).abs().max() / e.abs().max()).item() for x, e in zip(outputs[name], exact)]
         forward, both = (statistics.median(runs) for runs in zip(*times[name][2:]))  # the first ones warm up
