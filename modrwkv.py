@@ -1,38 +1,75 @@
 """ModRWKV: one RWKV language model that reads text, pictures, sound and time series, in one file.
 
-A signal passes an encoder, a Conv1D that shortens it, and a tiny adapter; what comes out are
-vectors as wide as a token's embedding, and from there on they are tokens like any other:
+An encoder turns a picture, a sound or a series into features, a Conv1D shortens them, and a small MLP, the adapter,
+makes each as wide as a token's embedding. From there on they are tokens like any other.
 
-    picture -> PatchEncoder -> Conv1D -> MLP --\
-    sound   -> MelEncoder   -> Conv1D -> MLP ---\
-    series  -> WaveNet      -> Conv1D -> MLP ---- fuse -> ln0 -> RWKV blocks -> ln_out -> head: the answer's next token
-    text    -> tokenizer    -> emb ------------/                                         -> forecast_head: the series' next points
-
-Read from top to bottom: text and conversations, the recurrence, the blocks, encoders and adapters,
-the model, the optimizer's groups, checkpoints.
+    picture -> PatchEncoder -> Conv1D -> MLP -.
+    sound   -> MelEncoder   -> Conv1D -> MLP -.
+    series  -> WaveNet      -> Conv1D -> MLP -.
+    text    -> tokenizer    -> emb -----------'-> fuse -> ln0 -> block -> ... -> block -> ln_out -> head: the next token
+                                                                   |                         '-> forecast_head: points
+      state of a block: x_att -> token shift -> TimeMix:    S <- S (diag(w) - kk^T (a * kk)) + v^T k,   y = S r
+                        x_ffn -> token shift -> ChannelMix: W_v relu(W_k x)^2
 
 References
-    [1] ModRWKV: Transformer Multimodality in Linear Time, Kang et al. 2025
-    [2] RWKV-7 "Goose" with Expressive Dynamic State Evolution, Peng et al. 2025, arXiv:2503.14456
-    [3] VisualRWKV: Exploring RWKV for Visual Language Models, Hou et al. 2024, arXiv:2406.13362
-    [4] the official training code, RWKV-LM/RWKV-v7/train_temp, and the inference package `rwkv`
-    [5] Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence, Peng et al. 2024, arXiv:2404.05892
-    [6] Robust Speech Recognition via Large-Scale Weak Supervision (Whisper), Radford et al. 2022, arXiv:2212.04356
-    [7] WaveNet: A Generative Model for Raw Audio, van den Oord et al. 2016, arXiv:1609.03499
+    [1] ModRWKV, Kang et al. 2025             https://arxiv.org/abs/2505.14505  https://github.com/JL-er/WorldRWKV
+    [2] RWKV-7 "Goose", Peng et al. 2025      https://arxiv.org/abs/2503.14456
+    [3] VisualRWKV, Hou et al. 2024           https://arxiv.org/abs/2406.13362  https://github.com/howard-hou/VisualRWKV
+    [4] RWKV's official training code         https://github.com/BlinkDL/RWKV-LM
+    [5] RWKV-5 and 6, "Eagle and Finch", Peng et al. 2024              https://arxiv.org/abs/2404.05892
+    [6] Whisper, Radford et al. 2022                                   https://arxiv.org/abs/2212.04356
+    [7] WaveNet, van den Oord et al. 2016                              https://arxiv.org/abs/1609.03499
+    [8] transformers, which runs the pretrained encoders               https://github.com/huggingface/transformers
 
-Glossary: symbol here = symbol in [2] (in brackets: names of the official files)
-    B, T, C, H, N   batch, time, n_embd, heads, head size (64)
-    V               vocabulary size
-    r, k, v         receptance, key (replacement key k~ after the update), value
-    w               log of the decay: exp(w) = w_t, in (0.545, 1) for RWKV-7
-    kk              removal key kappa^, of unit length per head
-    iclr            in-context learning rate a_t
-    a, b            -kk and kk * iclr: the transition is diag(w_t) - kk (kk * iclr)^T
-    g               output gate
-    S               state, wkv_t: (H, N, N), a row a value channel, a column a key channel
-    x_*             token-shift weights mu of the PREVIOUS token
-    w0..w2, a0..a2, v0..v2, g1, g2   biases and low-rank matrices of the four small MLPs
-    r_k             bonus rho for the current token
+Glossary. B, T, C: batch, time, n_embd. H, N: heads, channels of a head. V: vocabulary. Papers write row vectors.
+
+    symbol in code   [2]: symbol, equation     meaning                                            place
+    token_shift      x_{t-1}, 3                token shift: a token sees the one before it, too   token_shift
+    x_r x_w x_k ...  mu_r mu_d mu_k ..., 3     weights of the PREVIOUS token, of r, d, k ...      TimeMix7
+    xr xw xk ...     x^r_t x^d_t x^k_t ..., 3  these inputs: lerp(x_t, x_{t-1}, mu), 1            TimeMix7.forward
+    w1 w2 w0, a1 ..  A_d B_d lambda_d, 2       loramlp: low-rank matrices, bias; of d, a, nu, g   TimeMix7
+    iclr             a_t, 4                    in-context learning rate                           TimeMix7.forward
+    k                k_t, 5                    key precursor                                      TimeMix7.forward
+    kk; k_k          kappa_t, 6; xi            removal key, removal key multiplier                TimeMix7.forward
+    kk               kappa-hat_t, 15           removal key of unit length per head                TimeMix7.forward
+    k; k_a           k-tilde_t, 7; alpha       replacement key, replacement rate booster          TimeMix7.forward
+    nu               nu_t, 8                   value residual gate                                TimeMix7.forward
+    v, v_first       v'_t,l, 9; v'_t,0; v_t 10 value precursor, that of layer 0; value            TimeMix7.forward
+    d                d_t, 11                   decay precursor                                    TimeMix7.forward
+    w                log w_t, 12               log of the decay, in (-0.607, 0)                   TimeMix7.forward
+    r                r_t, 13                   receptance, what a query is in attention           TimeMix7.forward
+    g                g_t, 14                   output gate                                        TimeMix7.forward
+    S, state         wkv_t, 16 to 18           state (H, N, N): a row a value channel             wkv7_loop
+    a, b             -kappa-hat_t,             so that the transition matrix G_t, 19, of S <- S G_t + ...
+                     a_t * kappa-hat_t         is diag(w_t) + a^T b = diag(w_t) - kappa-hat^T (a_t * kappa-hat)
+    bonus; r_k       u_t, 20; rho              bonus for the current token, its weight            TimeMix7.forward
+    ln_x, output     p_t, 21; o_t, W_o, 22     norm of each head, output                          TimeMix7.forward
+    ChannelMix7      k'_t, 23; o'_t, 24; mu'_k channel mixing                                     ChannelMix7
+
+    [1] eq. 1  h_t = W h_{t-1} + U x_t         any linear RNN: one with a state that is a matrix  wkv7_loop
+        eq. 2  s_t = e^{-w_t} s_{t-1} + k_t v_t^T           decay alone: RWKV-5 and 6, a = b = 0  TimeMix5, TimeMix6
+        eq. 3  s_t = G_t s_{t-1} + a_t k_t v_t^T            delta rule; k has two keys in [2]     TimeMix7
+        eq. 4  h = Linear2(ReLU(Linear1(x)))   the adapter; the authors' code adds a LayerNorm    Adapter
+        eq. 5  y = Conv1D(x), L' = ...         sequence compression, no bias, padded on the left  Adapter
+    [3] eq. 1  alpha_t, mu                     token shift; these mu are of the CURRENT token     TimeMix5.mix
+        eq. 2  wkv_t, w, u                     decay time_decay and bonus time_faaaa              TimeMix5.forward
+        eq. 3  o_t                             SiLU gate and norm of each head                    TimeMix5.forward
+        eq. 4  lora: A, B, lambda              time_maa_w1, time_maa_w2, time_maa_*               TimeMix6.mix
+        eq. 5  ddlerp, mu_x                    data-dependent token shift                         TimeMix6.mix
+        eq. 6  alpha_t = ddlerp(...) W         r, k, v, g                                         TimeMix5.forward
+        eq. 7  d_t; eq. 8  w_t = exp(-exp d_t) data-dependent decay                               TimeMix6.mix
+        eq. 9  wkv_t (its product is over j = i + 1 to t - 1)                                     TimeMix5.forward
+        3.2.3  sandwich prompt                 prompt_style="sandwich": PROMPT_STYLES             data/text.py
+        3.2.4  bidirectional scan              every second layer reads pictures backwards        scan
+
+Initial values ([4], generate_init_weight): layer l of L, channel i of C, q = i / C, u = i / (C - 1), c = u - 1/2,
+z = s |s| with s from -1 to 1 in each head, d0 = l / (L - 1), d1 = 1 - l / L
+
+    emb: U(-1e-4, 1e-4). Orthogonal with gain 1: receptance, value, ffn.key; 0.1: key, gate; 0.5 max(1, sqrt(V / C)):
+    head; 0.1 max(1, sqrt(rank / C)): w2, a2, v2, g2. Zero: output, ffn.value, ffn.receptance, w1, a1, v1, g1
+    x_r x_g: 1 - q^(0.2 d1)   x_w x_a: 1 - q^(0.9 d1)   x_k x_v: 1 - q^(0.7 d1)   ffn.x_k: 1 - q^(d1^4)
+    w0: -5.5 + 6 u^(1 + d0^0.3) + 2.5 z   a0: -0.19 + 0.3 z + 0.4 c   v0: 0.73 - 0.4 c   k_k: 0.71 - 0.1 c   k_a: 1.02
+    r_k: -0.04   ln_x.weight: ((l + 1) / L)^0.7   RWKV-5 and 6: TimeMix5, TimeMix6   others: kaiming_init_, Adapter
 """
 
 import atexit
@@ -60,7 +97,11 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+# ----------------------------------------------------------------------------------------------
+# 2. Config
 
 
 class InputError(ValueError):
@@ -93,9 +134,7 @@ class Config:
     tokenizer: str = setting("bytes", "bytes, gpt2, or the path of an RWKV World vocabulary: rwkv_vocab_v20230424.txt")
     template: str = setting("world", "how turns are written as text", ("world", "v1", "v2", "v3"))
     prompt_style: str = setting(
-        "written",
-        "where a question has its pictures",
-        ("written", "first", "last", "sandwich", "before", "tagged"),
+        "written", "where a question has its pictures", ("written", "first", "last", "sandwich", "before", "tagged")
     )
     scan: str = setting("uni", "orders in which layers read a picture by turns: 1, 2 or 4", ("uni", "bi", "multi"))
     cls: str = setting("first", "where clip and dinov2 have the vector of the whole picture", ("first", "last"))
@@ -128,25 +167,25 @@ MEDIA = ("image", "audio", "series")
 
 def check_wkv7(r, w, k, v, a, b, state):
     """Raises ValueError unless the seven are floating point, on one device, and of shapes that belong together."""
-    shape, device = r.shape, r.device
-    if len(shape) != 4 or 0 in shape:
-        raise ValueError(f"wkv7: r has shape (B, T, H, N), none of them 0, not {tuple(shape)}")
-    for name, x in zip("wkvab", (w, k, v, a, b)):
+    if r.dim() != 4 or 0 in r.shape:
+        raise ValueError(f"wkv7: r has shape (B, T, H, N), none of them 0, not {tuple(r.shape)}")
+    B, T, H, N = r.shape
+    for name, x in (("r", r), ("w", w), ("k", k), ("v", v), ("a", a), ("b", b), ("state", state)):
+        if x is None:
+            continue
+        shape = (B, H, N, N) if name == "state" else (B, T, H, N)
         if x.shape != shape:
-            raise ValueError(f"wkv7: {name} has the shape of r, {tuple(shape)}, not {tuple(x.shape)}")
-    B, _, H, N = shape
-    if state is not None and state.shape != (B, H, N, N):
-        raise ValueError(f"wkv7: state has shape {(B, H, N, N)} beside r of {tuple(shape)}, not {tuple(state.shape)}")
-    for name, x in zip(("r", "w", "k", "v", "a", "b", "state"), (r, w, k, v, a, b, r if state is None else state)):
-        if x.device != device or not x.dtype.is_floating_point:
-            raise ValueError(f"wkv7: {name} is floating point on r's device, {device}, not {x.dtype} on {x.device}")
+            raise ValueError(f"wkv7: {name} has shape {shape} beside r of {(B, T, H, N)}, not {tuple(x.shape)}")
+        if x.device != r.device or not x.dtype.is_floating_point:
+            raise ValueError(f"wkv7: {name} is floating point on r's device, {r.device}, not {x.dtype} on {x.device}")
 
 
 def wkv7_loop(r, w, k, v, a, b, state=None):
-    """The RWKV-7 recurrence as the paper writes it ([2], eq. 17): the oracle for every faster path.
+    """The RWKV-7 recurrence as the paper writes it ([2], eq. 16, 17): the oracle for every faster path.
 
         S_t = S_{t-1} diag(exp(w_t)) + (S_{t-1} a_t) b_t^T + v_t k_t^T          y_t = S_t r_t
 
+    Official code: rwkv_v7_numpy.py, https://github.com/BlinkDL/RWKV-LM/blob/main/RWKV-v7/rwkv_v7_numpy.py
     Args:
         r, w, k, v, a, b: (B, T, H, N); w <= 0 is the log of the decay, -inf is legal
         state: (B, H, N, N), or None for zeros; rows are value channels, columns key channels
@@ -161,6 +200,7 @@ def wkv7_loop(r, w, k, v, a, b, state=None):
     dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
     S = torch.zeros(B, H, N, N, dtype=dtype, device=r.device) if state is None else state.to(dtype)
     ys = []
+    # S_t = S_{t-1} diag(exp(w_t)) + (S_{t-1} a_t) b_t^T + v_t k_t^T
     for r_, d_, k_, v_, a_, b_ in zip(*(x.to(dtype).unbind(1) for x in (r, w.to(dtype).exp(), k, v, a, b))):
         Sa = S @ a_[..., None]  # (B, H, N, N) x (B, H, N, 1) -> (B, H, N, 1)
         S = S * d_[..., None, :] + Sa * b_[..., None, :] + v_[..., None] * k_[..., None, :]
@@ -190,9 +230,8 @@ def wkv7_chunked(r, w, k, v, a, b, state=None, w_min=-math.inf):
             w_min = w.detach().min().item()
     if w_min < -1 or T < 8:
         return wkv7_loop(r, w, k, v, a, b, state)
-    dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
-    longest = int(min(96, 60 / max(-w_min, 1e-9)))
-    n = -(-T // longest)  # chunks, of L steps each
+    out_dtype, dtype = r.dtype, torch.float64 if r.dtype == torch.float64 else torch.float32
+    n = -(-T // int(min(96, 60 / max(-w_min, 1e-9))))  # chunks, of L steps each
     L = -(-T // n)
 
     def chunks(x):  # (B, T, H, N) -> (B, H, n, L, N); zeros at the end change no state
@@ -206,7 +245,6 @@ def wkv7_chunked(r, w, k, v, a, b, state=None, w_min=-math.inf):
     def solve(x):  # (I - tril(a~ b~^T, -1))^-1 x
         return torch.linalg.solve_triangular(-(a @ b.mT), x, upper=False, unitriangular=True)
 
-    out_dtype = r.dtype
     r, w, k, v, a, b = map(chunks, (r, w, k, v, a, b))
     c = w.cumsum(-2)
     middle = c[..., L // 2, None, :].detach()  # measured from the middle of the chunk, both signs stay small
@@ -251,10 +289,9 @@ def kernel(device_type):
         error = library.wkv7_forward(0, 1, 1, 64, 0, *[None] * 11)  # B = 0 computes nothing: does the driver fit?
         if error:
             raise InputError(f"kernel.cu does not run here: {library.wkv7_error(error).decode()}")
+        return library
     except (InputError, OSError) as e:
         warn_slow(str(e).strip().splitlines()[0])
-        return None
-    return library
 
 
 def warn_slow(reason):
@@ -298,11 +335,10 @@ def compile_for_gpu(source):
     if not compilers:
         raise InputError('there is no nvcc; pip install "cuda-toolkit[nvcc,cccl]" brings it')
     gpus = sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
-    options = [f"-gencode=arch=compute_{major}{minor},code=sm_{major}{minor}" for major, minor in gpus]
-    commands = []
-    for nvcc in compilers:  # -L: the packages have lib, where nvcc looks in lib64
-        lib = os.path.join(os.path.dirname(os.path.dirname(nvcc)), "lib")
-        commands.append([nvcc, "-O3", "-std=c++17", *options, "-shared", "-Xcompiler=-fPIC", f"-L{lib}"])
+    options = ["-O3", "-std=c++17", "-shared", "-Xcompiler=-fPIC"]
+    options += [f"-gencode=arch=compute_{major}{minor},code=sm_{major}{minor}" for major, minor in gpus]
+    # -L: the packages have lib, where nvcc looks in lib64
+    commands = [[nvcc, *options, f"-L{os.path.dirname(os.path.dirname(nvcc))}/lib"] for nvcc in compilers]
     return compile_once(source, commands, "GPU", "", 30)
 
 
@@ -362,7 +398,8 @@ def call_kernel(name, tensors):
         raise RuntimeError(f"{name} of kernel.cu, {tuple(r.shape)}, {r.dtype}: {library.wkv7_error(error).decode()}")
 
 
-def kernel_outputs(r, state, keep):
+def kernel_outputs(r, w, k, v, a, b, state, keep):
+    """Empty y, last state, and states for the backward pass."""
     B, T, H, N = r.shape
     every = CHECKPOINT_EVERY[r.device.type]
     rows = N if r.is_cuda else N + every  # on a CPU also S a of each step
@@ -371,31 +408,26 @@ def kernel_outputs(r, state, keep):
 
 
 def kernel_gradients(r, *_):
+    """Empty gradients of r, w, k, v, a, b and state."""
     B, T, H, N = r.shape
     dr, dk, dv, da, db = (torch.empty_like(r) for _ in range(5))
-    return dr, torch.empty_like(r, dtype=torch.float32), dk, dv, da, db, r.new_empty(B, H, N, N, dtype=torch.float32)
+    return [dr, torch.empty_like(r, dtype=torch.float32), dk, dv, da, db, r.new_empty(B, H, N, N, dtype=torch.float32)]
 
 
-@torch.library.custom_op(
-    "modrwkv::wkv7",
-    mutates_args=(),
-    schema="(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? state, bool keep)"
-    " -> (Tensor, Tensor, Tensor)",
-)
-def wkv7_kernel(r, w, k, v, a, b, state, keep):
+@torch.library.custom_op("modrwkv::wkv7", mutates_args=())
+def wkv7_kernel(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """y, the last state and what the backward pass needs (if keep), from contiguous tensors."""
-    y, last, kept = kernel_outputs(r, state, keep)
+    y, last, kept = kernel_outputs(r, w, k, v, a, b, state, keep)
     call_kernel("wkv7_forward", (r, w, k, v, a, b, state, y, last, kept if keep else None))
     return y, last, kept
 
 
-@torch.library.custom_op(
-    "modrwkv::wkv7_backward",
-    mutates_args=(),
-    schema="(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor kept, Tensor dy, Tensor? dlast)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def wkv7_kernel_backward(r, w, k, v, a, b, kept, dy, dlast):
+@torch.library.custom_op("modrwkv::wkv7_backward", mutates_args=())
+def wkv7_kernel_backward(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, kept: Tensor, dy: Tensor, dlast: Tensor | None
+) -> list[Tensor]:
     gradients = kernel_gradients(r)
     call_kernel("wkv7_backward", (r, w, k, v, a, b, kept, dy, dlast, *gradients))
     return gradients
@@ -415,7 +447,7 @@ def wkv7_gradients(ctx, dy, dlast, _):
     return *six, dstate if ctx.has_state else None, None
 
 
-wkv7_kernel.register_fake(lambda *args: kernel_outputs(args[0], *args[6:]))
+wkv7_kernel.register_fake(kernel_outputs)
 wkv7_kernel_backward.register_fake(kernel_gradients)
 wkv7_kernel.register_autograd(wkv7_gradients, setup_context=wkv7_setup)
 
@@ -441,19 +473,19 @@ def wkv7(r, w, k, v, a, b, state=None, w_min=-math.inf):
 
 
 # ----------------------------------------------------------------------------------------------
-# 4. RWKV-7 blocks. Parameter names, initial values and epsilons are the official ones ([4], model.py).
+# 4. Blocks of RWKV-7, then 6 and 5. Parameter names, initial values and epsilons are the official ones.
 
 
-def shift(x, last, lengths):
-    """(the token before each, the last real token): (B, T, C), (B, C). `last` is the one before x, or None for zeros."""
-    before = F.pad(x, (0, 0, 1, -1)) if last is None else torch.cat([last[:, None].to(x.dtype), x[:, :-1]], 1)
+def token_shift(x, last, lengths):
+    """x (B, T, C) -> the token before each (B, T, C), the last real one (B, C). last: the one before x; None: zeros."""
+    x_prev = F.pad(x, (0, 0, 1, -1)) if last is None else torch.cat([last[:, None].to(x.dtype), x[:, :-1]], 1)
     if lengths is None:
-        return before, x[:, -1].clone()  # a view would hold all of x in memory
-    return before, x[torch.arange(len(x), device=x.device), lengths - 1]
+        return x_prev, x[:, -1].clone()  # a view would hold all of x in memory
+    return x_prev, x[torch.arange(len(x), device=x.device), lengths - 1]
 
 
-def real_steps(T, lengths):
-    """(B, T, 1, 1): which steps of samples padded on the right are theirs."""
+def padding_mask(T, lengths):
+    """(B, T, 1, 1): which steps are no padding, of samples padded on the right."""
     return (torch.arange(T, device=lengths.device) < lengths[:, None])[..., None, None]
 
 
@@ -468,17 +500,16 @@ def linear(n_in, n_out, gain):
     return layer
 
 
-def lora_rank(n_embd, factor):  # [4]: a multiple of 32 near factor * sqrt(C)
-    return max(32, round(factor * n_embd**0.5 / 32) * 32)
-
-
 class TimeMix7(nn.Module):
-    """RWKV-7 time mixing ([2], section 4.1; [4], RWKV_Tmix_x070)."""
+    """RWKV-7 time mixing ([2], section 4.1). The numbers at line ends are [2]'s equations.
+
+    Official code: RWKV_Tmix_x070, https://github.com/BlinkDL/RWKV-LM/blob/main/RWKV-v7/train_temp/src/model.py
+    """
 
     def __init__(self, n_layer, n_embd, head_size, layer, ranks=None):
         super().__init__()
         C, N, H = n_embd, head_size, n_embd // head_size
-        self.layer, self.H, self.N = layer, H, N
+        self.H, self.N = H, N
         depth0, depth1 = layer / max(1, n_layer - 1), 1 - layer / n_layer
         n = torch.arange(C)
         q, u = n / C, n / max(1, C - 1)
@@ -490,14 +521,12 @@ class TimeMix7(nn.Module):
 
         for name, power in dict(r=0.2, w=0.9, k=0.7, v=0.7, a=0.9, g=0.2).items():
             setattr(self, f"x_{name}", vector(1 - q ** (power * depth1)))
-        bias = dict(
-            w=-5.5 + 6 * u ** (1 + depth0**0.3) + 2.5 * zigzag, a=-0.19 + 0.3 * zigzag + 0.4 * ramp, v=0.73 - 0.4 * ramp
-        )
-        ranks = ranks or {name: lora_rank(C, factor) for name, factor in dict(w=2.5, a=2.5, v=1.7, g=5).items()}
-        for name in "wavg":
-            rank = ranks[name]
+        w0 = -5.5 + 6 * u ** (1 + depth0**0.3) + 2.5 * zigzag
+        bias = dict(w=w0, a=-0.19 + 0.3 * zigzag + 0.4 * ramp, v=0.73 - 0.4 * ramp)
+        for name, factor in dict(w=2.5, a=2.5, v=1.7, g=5).items():
             if name == "v" and layer == 0:
                 continue  # v_first is made here: there is nothing to mix it with
+            rank = ranks[name] if ranks else max(32, round(factor * C**0.5 / 32) * 32)
             if name in bias:
                 setattr(self, f"{name}0", vector(bias[name]))
             setattr(self, f"{name}1", nn.Parameter(torch.zeros(C, rank)))
@@ -517,52 +546,66 @@ class TimeMix7(nn.Module):
         Returns: (B, T, C), v_first, last, state.
         """
         B, T, C = x.shape
-        before, last = shift(x, last, lengths)
-        d = before - x
-        r = self.receptance(torch.addcmul(x, d, self.x_r))
-        k = self.key(torch.addcmul(x, d, self.x_k))
-        xv = torch.addcmul(x, d, self.x_v)
-        v = self.value(xv)
-        w = self.w0 + torch.tanh((torch.addcmul(x, d, self.x_w)) @ self.w1) @ self.w2
-        w = -math.exp(-0.5) * torch.sigmoid(w.float())  # log decay, in (-0.6065, 0)
-        xa = torch.addcmul(x, d, self.x_a)
-        iclr = torch.sigmoid(self.a0 + xa @ self.a1 @ self.a2)
-        g = torch.sigmoid((torch.addcmul(x, d, self.x_g)) @ self.g1) @ self.g2
-        if self.layer == 0:
-            v_first = v
+        heads = (B, T, self.H, self.N)
+        x_prev, last = token_shift(x, last, lengths)  # (B, T, C), (B, C)
+        xx = x_prev - x
+        xr = torch.addcmul(x, xx, self.x_r)  # 3: lerp(x_t, x_{t-1}, mu_r), (B, T, C) as the five that follow
+        xw = torch.addcmul(x, xx, self.x_w)
+        xk = torch.addcmul(x, xx, self.x_k)
+        xv = torch.addcmul(x, xx, self.x_v)
+        xa = torch.addcmul(x, xx, self.x_a)
+        xg = torch.addcmul(x, xx, self.x_g)
+        iclr = torch.sigmoid(self.a0 + xa @ self.a1 @ self.a2)  # 4: a_t, in-context learning rate, (B, T, C)
+        k = self.key(xk)  # 5: k_t, key precursor, (B, T, C)
+        kk = F.normalize((k * self.k_k).view(heads), dim=-1)  # 6, 15: kappa-hat_t, removal key, (B, T, H, N)
+        k = k * (1 + (iclr - 1) * self.k_a)  # 7: k-tilde_t = k_t * lerp(1, a_t, alpha), replacement key, (B, T, C)
+        v = self.value(xv)  # 9: v'_t, value precursor, (B, T, C)
+        if v_first is None:
+            v_first = v  # 10, layer 0
         else:
-            v = v + (v_first - v) * torch.sigmoid(self.v0 + xv @ self.v1 @ self.v2)
-        kk = F.normalize((k * self.k_k).view(B, T, self.H, self.N), dim=-1)
-        k = k * (1 + (iclr - 1) * self.k_a)
-        r, w, k, v, iclr = (z.view(B, T, self.H, self.N) for z in (r, w, k, v, iclr))
-        a, b, k_in = -kk, kk * iclr, k
+            nu = torch.sigmoid(self.v0 + xv @ self.v1 @ self.v2)  # 8: nu_t, value residual gate, (B, T, C)
+            v = v + (v_first - v) * nu  # 10: v_t, (B, T, C); the paper prints its two values in the other order
+        d = self.w0 + torch.tanh(xw @ self.w1) @ self.w2  # 11: d_t, decay precursor, (B, T, C)
+        w = -math.exp(-0.5) * torch.sigmoid(d.float())  # 12: log w_t, (B, T, C) in (-0.607, 0)
+        r = self.receptance(xr)  # 13: r_t, (B, T, C)
+        g = torch.sigmoid(xg @ self.g1) @ self.g2  # 14: g_t, (B, T, C)
+
+        r, w, k, v, iclr = (z.view(heads) for z in (r, w, k, v, iclr))  # (B, T, C) -> (B, T, H, N)
+        a, b = -kk, kk * iclr  # of the transition matrix 19: G_t = diag(w_t) + a^T b, (B, T, H, N)
+        k_in = k
         if lengths is not None:  # padding leaves the state as it is
-            real = real_steps(T, lengths)
-            w, k_in, b = w * real, k * real, b * real
-        y, state = wkv7(r, w, k_in, v, a, b, state, w_min=-0.607)
-        y = self.ln_x(y.reshape(B * T, C)).view(B, T, C)
-        bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v
-        return self.output((y + bonus.view(B, T, C)) * g), v_first, last, state
+            mask = padding_mask(T, lengths)
+            w, k_in, b = w * mask, k * mask, b * mask
+        y, state = wkv7(r, w, k_in, v, a, b, state, w_min=-0.607)  # 17: (B, T, H, N), and wkv_T (B, H, N, N)
+        y = self.ln_x(y.reshape(B * T, C)).view(B, T, C)  # 21, first term
+        bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v  # 20: u_t = (r_t (rho * k-tilde_t)^T) v_t, (B, T, H, N)
+        p = y + bonus.view(B, T, C)  # 21: p_t, (B, T, C)
+        return self.output(p * g), v_first, last, state  # 22: o_t = (g_t * p_t) W_o, (B, T, C)
 
 
 class ChannelMix7(nn.Module):
-    """RWKV-7 channel mixing ([2], section 4.2; [4], RWKV_CMix_x070)."""
+    """RWKV-7 channel mixing ([2], section 4.2). Official code: RWKV_CMix_x070, beside RWKV_Tmix_x070."""
 
-    def __init__(self, n_layer, n_embd, layer, hidden=None):
+    def __init__(self, n_layer, n_embd, layer, ffn_dim=None):
         super().__init__()
         self.x_k = nn.Parameter(1 - (torch.arange(n_embd) / n_embd).view(1, 1, -1) ** ((1 - layer / n_layer) ** 4))
-        hidden = hidden or 4 * n_embd
-        self.key, self.value = linear(n_embd, hidden, 1), linear(hidden, n_embd, 0)
+        ffn_dim = ffn_dim or 4 * n_embd
+        self.key = linear(n_embd, ffn_dim, 1)
+        self.value = linear(ffn_dim, n_embd, 0)
 
     def forward(self, x, last=None, lengths=None):
-        before, last = shift(x, last, lengths)
-        h = torch.relu(self.key(torch.addcmul(x, before - x, self.x_k)))
-        return self.value(h * h), last
+        """x (B, T, C), normalised; last (B, C) -> (B, T, C), last"""
+        x_prev, last = token_shift(x, last, lengths)
+        k = self.key(torch.addcmul(x, x_prev - x, self.x_k))  # 23: k'_t, (B, T, ffn_dim)
+        return self.value(torch.relu(k) ** 2), last  # 24: o'_t = relu(k'_t)^2 W_v', (B, T, C)
 
 
 class TimeMix5(nn.Module):
-    """RWKV-5.2 time mixing ([5], section 4.1; official RWKV_Tmix_x052): what a channel forgets is a parameter, the same at
-    every step. Shift weights are those of the CURRENT token. y_t reads the state before step t, plus a bonus u for step t."""
+    """RWKV-5.2 time mixing ([3], eq. 1 to 3; [5], section 4.1): what a channel forgets is a parameter, the same at each
+    step. Shift weights are those of the CURRENT token. y_t reads the state before step t, plus a bonus u for step t.
+
+    Official code: RWKV_Tmix_x052, https://github.com/BlinkDL/RWKV-LM/blob/main/RWKV-v5/src/model.py
+    """
 
     def __init__(self, n_layer, n_embd, head_size, layer, ranks=None):
         super().__init__()
@@ -573,58 +616,55 @@ class TimeMix5(nn.Module):
         q, u = n / C, n / max(1, C - 1)
         self.time_faaaa = nn.Parameter((depth0 * (1 - u) + 0.1 * ((n + 1) % 3 - 1)).view(H, N))
         decay = -6 + 5 * u ** (0.7 + 1.3 * depth0)
-        self.add_mixing(
-            decay,
-            {"k": q**depth1, "v": q**depth1 + 0.3 * depth0, "r": q ** (0.5 * depth1), "g": q ** (0.5 * depth1)},
-            ranks,
-        )
+        mu = {"k": q**depth1, "v": q**depth1 + 0.3 * depth0, "r": q ** (0.5 * depth1), "g": q ** (0.5 * depth1)}
+        self.add_mixing(decay, mu, ranks)
         for name, gain in dict(receptance=1, key=0.1, value=1, gate=0.1, output=0).items():
             setattr(self, name, linear(C, C, gain))
         self.ln_x = nn.GroupNorm(H, C, eps=64e-5)  # of y / 8 with 1e-5 in the official file: the same
         nn.init.constant_(self.ln_x.weight, ((layer + 1) / n_layer) ** 0.7)
 
-    def add_mixing(self, decay, shift_weights, ranks):
+    def add_mixing(self, decay, mu, ranks):
         self.time_decay = nn.Parameter(decay.view(self.H, self.N))
-        for name, x in shift_weights.items():
+        for name, x in mu.items():
             setattr(self, f"time_mix_{name}", nn.Parameter(x.view(1, 1, -1)))
 
-    def mix(self, x, d):
-        """Tokens x and their differences d to the token before -> the inputs of r, k, v, g, and the log decay."""
-        mixed = (x + d * (1 - getattr(self, f"time_mix_{name}")) for name in "rkvg")
+    def mix(self, x, xx):
+        """Tokens x and x_prev - x -> the inputs of r, k, v, g, and the log decay."""
+        mixed = (x + xx * (1 - getattr(self, f"time_mix_{name}")) for name in "rkvg")  # [3], 1: (B, T, C) each
         return *mixed, -self.time_decay.float().exp().expand(*x.shape[:2], self.H, self.N)
 
     def forward(self, x, v_first, last=None, state=None, lengths=None):
         """As TimeMix7's; v_first is passed on."""
         B, T, C = x.shape
-        before, last = shift(x, last, lengths)
-        xr, xk, xv, xg, w = self.mix(x, before - x)
-        r, k, v = (z.view(B, T, self.H, self.N) for z in (self.receptance(xr), self.key(xk), self.value(xv)))
-        w = w.reshape(B, T, self.H, self.N)
-        bonus = (r * k * self.time_faaaa).sum(-1, keepdim=True) * v
-        first = (
-            torch.zeros_like(v[:, 0])
-            if state is None
-            else (state @ r[:, 0, :, :, None].to(state.dtype))[..., 0].to(v.dtype)
-        )
+        x_prev, last = token_shift(x, last, lengths)
+        xr, xk, xv, xg, w = self.mix(x, x_prev - x)
+        r, k, v, w = (z.reshape(B, T, self.H, self.N) for z in (self.receptance(xr), self.key(xk), self.value(xv), w))
+        bonus = (r * k * self.time_faaaa).sum(-1, keepdim=True) * v  # [3], 2 and 9: diag(u) k_t^T v_t, read by r_t
+        first = torch.zeros_like(v[:, 0])  # S_0 r_1, (B, H, N)
+        if state is not None:
+            first = (state @ r[:, 0, :, :, None].to(state.dtype))[..., 0].to(v.dtype)
         if lengths is not None:  # padding leaves the state as it is
-            real = real_steps(T, lengths)
-            w, k = w * real, k * real
-        none = torch.zeros_like(k)
-        y, state = wkv7(F.pad(r[:, 1:], (0, 0, 0, 0, 0, 1)), w, k, v, none, none, state)  # S_t, read by r_{t+1}
-        y = torch.cat([first[:, None], y[:, :-1]], 1) + bonus
+            mask = padding_mask(T, lengths)
+            w, k = w * mask, k * mask
+        zero = torch.zeros_like(k)
+        r_next = F.pad(r[:, 1:], (0, 0, 0, 0, 0, 1))
+        y, state = wkv7(r_next, w, k, v, zero, zero, state)  # S_t r_{t+1}, (B, T, H, N)
+        y = torch.cat([first[:, None], y[:, :-1]], 1) + bonus  # [3], 2 and 9: r_t wkv_t, (B, T, H, N)
         y = self.ln_x(y.reshape(B * T, C)).view(B, T, C)
-        return self.output(y * F.silu(self.gate(xg))), v_first, last, state
+        return self.output(y * F.silu(self.gate(xg))), v_first, last, state  # [3], 3: o_t, (B, T, C)
 
 
 class TimeMix6(TimeMix5):
-    """RWKV-6 time mixing ([5], section 4.2; official RWKV_Tmix_x060): shift weights, here of the PREVIOUS token, and the decay
-    depend on the data through low-rank matrices."""
+    """RWKV-6 time mixing ([3], eq. 4 to 9; [5], section 4.2): shift weights, here of the PREVIOUS token, and the decay
+    depend on the data through low-rank matrices.
 
-    def add_mixing(self, decay, shift_weights, ranks):
+    Official code: RWKV_Tmix_x060, https://github.com/BlinkDL/RWKV-LM/blob/main/RWKV-v5/src/model.py
+    """
+
+    def add_mixing(self, decay, mu, ranks):
         C = self.H * self.N
         ranks = ranks or {"maa": 64 if C >= 4096 else 32, "decay": 128 if C >= 4096 else 64}
-        shift_weights = shift_weights | {"x": shift_weights["k"], "w": shift_weights["k"]}
-        for name, x in shift_weights.items():
+        for name, x in (mu | {"x": mu["k"], "w": mu["k"]}).items():
             setattr(self, f"time_maa_{name}", nn.Parameter((1 - x).view(1, 1, C)))
         self.time_maa_w1 = nn.Parameter(torch.zeros(C, 5 * ranks["maa"]))
         self.time_maa_w2 = nn.Parameter(torch.empty(5, ranks["maa"], C).uniform_(-0.01, 0.01))
@@ -632,58 +672,58 @@ class TimeMix6(TimeMix5):
         self.time_decay_w1 = nn.Parameter(torch.zeros(C, ranks["decay"]))
         self.time_decay_w2 = nn.Parameter(torch.empty(ranks["decay"], C).uniform_(-0.01, 0.01))
 
-    def mix(self, x, d):
-        z = torch.tanh((x + d * self.time_maa_x) @ self.time_maa_w1).unflatten(-1, (5, -1))  # (B, T, 5, rank)
-        xw, xk, xv, xr, xg = (
-            x + d * (getattr(self, f"time_maa_{name}") + z_ @ w2)
-            for name, z_, w2 in zip("wkvrg", z.unbind(2), self.time_maa_w2)
-        )
-        w = self.time_decay + torch.tanh(xw @ self.time_decay_w1) @ self.time_decay_w2
-        return xr, xk, xv, xg, -w.float().exp()
+    def mix(self, x, xx):
+        z = torch.tanh((x + xx * self.time_maa_x) @ self.time_maa_w1)  # [3], 4 and 5, (B, T, 5 rank)
+        mixed = {}
+        for name, z_, w2 in zip("wkvrg", z.unflatten(-1, (5, -1)).unbind(2), self.time_maa_w2):
+            lora = getattr(self, f"time_maa_{name}") + z_ @ w2  # [3], 4: lambda + tanh(x A) B, (B, T, C)
+            mixed[name] = x + xx * lora  # [3], 5: ddlerp(x_t, x_{t-1}), (B, T, C)
+        d = self.time_decay + torch.tanh(mixed["w"] @ self.time_decay_w1) @ self.time_decay_w2  # [3], 7, (B, T, C)
+        return mixed["r"], mixed["k"], mixed["v"], mixed["g"], -d.float().exp()  # [3], 8: log w_t = -exp(d_t)
 
 
 class ChannelMix5(nn.Module):
-    """RWKV-5.2 channel mixing ([5], section 4.1; official RWKV_CMix_x052), with a gate that RWKV-7 has no more."""
+    """RWKV-5.2 channel mixing ([5], section 4.1), with a gate that RWKV-7 lacks. Official code: RWKV_CMix_x052."""
 
-    def __init__(self, n_layer, n_embd, layer, hidden=None):
+    def __init__(self, n_layer, n_embd, layer, ffn_dim=None):
         super().__init__()
-        depth1 = 1 - layer / n_layer
-        hidden = hidden or int(3.5 * n_embd) // 32 * 32
-        self.add_mixing(torch.arange(n_embd).view(1, 1, -1) / n_embd, depth1)
-        self.key, self.receptance, self.value = (
-            linear(n_embd, hidden, 1),
-            linear(n_embd, n_embd, 0),
-            linear(hidden, n_embd, 0),
-        )
+        ffn_dim = ffn_dim or int(3.5 * n_embd) // 32 * 32
+        self.add_mixing(torch.arange(n_embd).view(1, 1, -1) / n_embd, 1 - layer / n_layer)
+        self.key = linear(n_embd, ffn_dim, 1)
+        self.receptance = linear(n_embd, n_embd, 0)
+        self.value = linear(ffn_dim, n_embd, 0)
 
     def add_mixing(self, q, depth1):
         self.time_mix_k, self.time_mix_r = nn.Parameter(q**depth1), nn.Parameter(q**depth1)
 
-    def mix(self, x, d):
-        return x + d * (1 - self.time_mix_k), x + d * (1 - self.time_mix_r)
+    def mix(self, x, xx):
+        return x + xx * (1 - self.time_mix_k), x + xx * (1 - self.time_mix_r)
 
     def forward(self, x, last=None, lengths=None):
-        before, last = shift(x, last, lengths)
-        xk, xr = self.mix(x, before - x)
-        h = torch.relu(self.key(xk))
-        return torch.sigmoid(self.receptance(xr)) * self.value(h * h), last
+        """As ChannelMix7's."""
+        x_prev, last = token_shift(x, last, lengths)
+        xk, xr = self.mix(x, x_prev - x)  # (B, T, C)
+        k = torch.relu(self.key(xk)) ** 2  # (B, T, ffn_dim)
+        return torch.sigmoid(self.receptance(xr)) * self.value(k), last
 
 
 class ChannelMix6(ChannelMix5):
-    """RWKV-6 channel mixing (official RWKV_CMix_x060): RWKV-5's, with shift weights of the previous token."""
+    """RWKV-6 channel mixing: RWKV-5's, with shift weights of the previous token. Official code: RWKV_CMix_x060."""
 
     def add_mixing(self, q, depth1):
         self.time_maa_k, self.time_maa_r = nn.Parameter(1 - q ** (depth1**3)), nn.Parameter(1 - q ** (depth1**3))
 
-    def mix(self, x, d):
-        return x + d * self.time_maa_k, x + d * self.time_maa_r
+    def mix(self, x, xx):
+        return x + xx * self.time_maa_k, x + xx * self.time_maa_r
 
 
 MIXERS = {5: (TimeMix5, ChannelMix5), 6: (TimeMix6, ChannelMix6), 7: (TimeMix7, ChannelMix7)}
 
 
 class Block(nn.Module):
-    def __init__(self, config, layer, ranks=None, hidden=None):
+    """Time mixing, then channel mixing, each with a norm before it and a residual around it. Official code: Block."""
+
+    def __init__(self, config, layer, ranks=None, ffn_dim=None):
         super().__init__()
         C = config.n_embd
         if layer == 0:
@@ -691,11 +731,13 @@ class Block(nn.Module):
         self.ln1, self.ln2 = nn.LayerNorm(C), nn.LayerNorm(C)
         time_mix, channel_mix = MIXERS[config.rwkv]
         self.att = time_mix(config.n_layer, C, config.head_size, layer, ranks)
-        self.ffn = channel_mix(config.n_layer, C, layer, hidden)
+        self.ffn = channel_mix(config.n_layer, C, layer, ffn_dim)
 
     def forward(self, x, v_first, state, lengths):
-        """state: (last token of ln1, S, last token of ln2), each None at the start of a sequence.
-        Returns: x; v_first where it is made, else None, since FSDP takes what a block returns for the block's own; the new state."""
+        """
+        Args: x (B, T, C); v_first as TimeMix7's; state: (last token of ln1, S, last token of ln2), None at the start.
+        Returns: x; v_first where it is made, else None: FSDP takes what a block returns for the block's own; state.
+        """
         if hasattr(self, "ln0"):
             x = self.ln0(x)
         y, v, x_att, S = self.att(self.ln1(x), v_first, state[0], state[1], lengths)
@@ -705,8 +747,7 @@ class Block(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------
-# 5. Encoders: from a file to features
-# Each has
+# 5. Encoders. Each has
 #   length(x)          how many features a picture, sound or series becomes
 #   collate(media)     a batch of them -> padded tensors and indices of what is no padding; on the CPU: no GPU is asked
 #   forward(*tensors)  what collate made -> features (L, width), those of the first one, then those of the second, ...
@@ -730,16 +771,6 @@ def true_rows(mask):
     return torch.from_numpy(np.flatnonzero(mask))
 
 
-def padded_rows(lengths, left=0):
-    """(M, T): gather() by these makes a padded batch of features (L, C), `left` zeros before each, others behind it."""
-    left = np.broadcast_to(left, len(lengths))
-    mask = length_mask(left + lengths)
-    mask[np.arange(mask.shape[1]) < left[:, None]] = False
-    rows = np.zeros(mask.shape, np.int64)
-    rows[mask] = np.arange(1, sum(lengths) + 1)
-    return torch.from_numpy(rows)
-
-
 def take(x, rows):
     """Rows of x (n, C): (...) -> (..., C). Unlike that of x[rows], the backward pass is one operation."""
     return F.embedding(rows, x)
@@ -751,8 +782,8 @@ def gather(parts, rows):
     return F.embedding(rows, torch.cat([zeros, *parts]), padding_idx=0)
 
 
-def start_loud(*layers):
-    """Initial values under which a signal neither fades from layer to layer nor drowns in biases: that would delay its emergence."""
+def kaiming_init_(*layers):
+    """Initial values under which a signal neither fades nor drowns in biases: that would delay its emergence."""
     for layer in layers:
         nn.init.kaiming_normal_(layer.weight)
         nn.init.zeros_(layer.bias)
@@ -760,7 +791,8 @@ def start_loud(*layers):
 
 class PatchEncoder(nn.Module):
     """Patches of a picture, from scratch: two small convolutions, which see strokes and edges wherever they are
-    (Xiao et al. 2021, arXiv:2106.14881), then one linear layer a patch, as in ViT. The height is fixed, the width free."""
+    (Xiao et al. 2021, https://arxiv.org/abs/2106.14881), then one linear layer a patch, as in ViT (transformers' [8]
+    ViTPatchEmbeddings). The height is fixed, the width free."""
 
     def __init__(self, config):
         super().__init__()
@@ -774,12 +806,12 @@ class PatchEncoder(nn.Module):
         self.conv1, self.conv2 = nn.Conv2d(3, 16, 3, 2, 1), nn.Conv2d(16, 32, 3, 2, 1)
         patch = (config.patch_height // 4, config.patch_width // 4)
         self.proj = nn.Conv2d(32, self.width, patch, patch)
-        start_loud(self.conv1, self.conv2, self.proj)
+        kaiming_init_(self.conv1, self.conv2, self.proj)
         self.row = nn.Parameter(torch.zeros(config.image_height // config.patch_height, self.width))
         self.col = nn.Parameter(torch.zeros(-(-config.image_height * 16 // config.patch_width), self.width))
 
     def length(self, image):
-        return (image.shape[1] // self.size[1]) * (image.shape[2] // self.size[2])
+        return (image.shape[1] // self.size[1]) * self.columns(image)
 
     def columns(self, image):
         return image.shape[2] // self.size[2]
@@ -803,9 +835,12 @@ class PatchEncoder(nn.Module):
 
 
 class MelEncoder(nn.Module):
-    """Sound as Whisper's front end has it ([6], section 2.2): 100 log-mel frames a second, then convolutions, from scratch: two, which leave
-    50 vectors a second, and four with growing dilations, one for each channel and one for all, by which a vector hears 0.6 s to
-    either side. Any length: nothing is cut to, or filled up to, 30 seconds."""
+    """Sound as Whisper's front end has it ([6], section 2.2): 100 log-mel frames a second, then convolutions, from
+    scratch: two, which leave 50 features a second, and four with growing dilations, one for each channel and one for
+    all, by which a feature hears 0.6 s to either side. Any length: nothing is cut to, or filled up to, 30 seconds.
+
+    Official code: log_mel_spectrogram, https://github.com/openai/whisper/blob/main/whisper/audio.py
+    """
 
     RATE, WINDOW, HOP, BINS = 16000, 400, 160, 80  # samples a second, in a window, from window to window; mel bins
     DILATIONS = (1, 2, 4, 8)
@@ -814,18 +849,18 @@ class MelEncoder(nn.Module):
         super().__init__()
         self.width = C = config.encoder_width
         self.conv1, self.conv2 = nn.Conv1d(self.BINS, C, 3, 1, 1), nn.Conv1d(C, C, 3, 2, 1)
-        self.deep = nn.ModuleList(
-            nn.Sequential(nn.Conv1d(C, C, 5, 1, 2 * d, d, groups=C), nn.Conv1d(C, C, 1)) for d in self.DILATIONS
-        )
-        start_loud(self.conv1, self.conv2, *(layer for pair in self.deep for layer in pair))
+        self.deep = nn.ModuleList()
+        for d in self.DILATIONS:
+            self.deep.append(nn.Sequential(nn.Conv1d(C, C, 5, 1, 2 * d, d, groups=C), nn.Conv1d(C, C, 1)))
+        kaiming_init_(self.conv1, self.conv2, *(layer for pair in self.deep for layer in pair))
 
     @staticmethod
     @functools.lru_cache
     def filters(bins=BINS):
-        """(bins, 201): triangles evenly spaced on Slaney's mel scale, linear below 1 kHz and logarithmic above, each of area 1."""
+        """(bins, 201): triangles evenly spaced on Slaney's mel scale, each of area 1."""
         f = MelEncoder
         top = 15 + 27 * math.log(f.RATE / 2 / 1000) / math.log(6.4)
-        mel = torch.linspace(0, top, bins + 2, dtype=torch.float64)
+        mel = torch.linspace(0, top, bins + 2, dtype=torch.float64)  # linear below 1 kHz and logarithmic above
         hz = torch.where(mel < 15, mel * 200 / 3, 1000 * torch.exp((mel - 15) * math.log(6.4) / 27))
         low, peak, high = hz[:-2, None], hz[1:-1, None], hz[2:, None]
         at = torch.linspace(0, f.RATE / 2, f.WINDOW // 2 + 1, dtype=torch.float64)
@@ -834,10 +869,11 @@ class MelEncoder(nn.Module):
 
     @classmethod
     def log_mel(cls, x, bins=BINS):
-        """Samples (n,) at 16 kHz -> (bins, ceil(n / 160) or 3 at least): logarithms to base 10, down to 8 below the loudest, scaled to about -1 to 1."""
+        """Samples (n,) at 16 kHz -> (bins, ceil(n / 160) or 3 at least): logarithms to base 10, down to 8 below the
+        loudest, scaled to about -1 to 1."""
         x = F.pad(x, (0, max(3 * cls.HOP - len(x), -len(x) % cls.HOP)))
         window = torch.hann_window(cls.WINDOW, device=x.device)
-        spectrum = torch.stft(x, cls.WINDOW, cls.HOP, window=window, return_complex=True)
+        spectrum = torch.stft(x, cls.WINDOW, cls.HOP, window=window, return_complex=True)  # (201, frames + 1)
         with torch.autocast(x.device.type, enabled=False):
             mel = (cls.filters(bins).to(x.device) @ spectrum[:, :-1].abs() ** 2).clamp(min=1e-10).log10()
         return (mel.clamp(min=mel.max() - 8) + 4) / 4
@@ -867,11 +903,11 @@ class MelEncoder(nn.Module):
 
 
 class WaveNet(nn.Module):
-    """A series as one vector a point: gated causal convolutions with growing dilations ([7], section 2), from scratch as in [1].
-    Vector t knows the points up to t alone; before the series there are zeros, its mean."""
+    """A series as one feature a point: gated causal convolutions with growing dilations ([7], section 2), from scratch
+    as in [1], whose code has none. Feature t knows the points up to t alone; before them there are zeros, the mean."""
 
     CHANNELS, DILATIONS = 8, (1, 2, 4, 8)
-    CHANGE = 5  # times the change from point to point: of a series' fast waves, which are faint, nothing was learned without it
+    CHANGE = 5  # times the change from point to point: faint fast waves were not learned without it
 
     def __init__(self, config):
         super().__init__()
@@ -896,48 +932,26 @@ class WaveNet(nn.Module):
     def forward(self, points, rows):
         """-> (L, width)"""
         x = points.to(self.start.weight)
-        x = torch.cat([x, self.CHANGE * F.pad(x[:, :1].diff(), (1, 0))], 1)
-        h, skips = self.start(x), 0
+        x = torch.cat([x, self.CHANGE * F.pad(x[:, :1].diff(), (1, 0))], 1)  # (M, 3, n)
+        h, skips = self.start(x), 0  # (M, channels, n)
         for dilation, gate, residual in zip(self.DILATIONS, self.gates, self.residuals):
             value, opening = gate(F.pad(h, (dilation, 0))).chunk(2, 1)
             z = value.tanh() * opening.sigmoid()
             h, skips = h + residual(z), skips + z
-        y = self.end(torch.cat([skips.relu(), x], 1))
+        y = self.end(torch.cat([skips.relu(), x], 1))  # (M, width, n)
         return take(y.mT.flatten(0, 1), rows)
 
 
-class Timer(nn.Module):
-    """The pretrained transformer thuml/timer-base-84m (Liu et al. 2024, arXiv:2402.02368) with its own parameter names: a vector for each 96
-    points, the series' first n mod 96 left out, as the newest count. Frozen; post-norm, rotary positions, no dropout."""
+class TimerLayer(nn.Module):
+    """Post-norm attention and SwiGLU, as of LLaMA but for the norms."""
 
-    pretrained, width = True, 1024
-    PATCH, LAYERS, HEADS, HIDDEN = 96, 8, 8, 2048
-
-    def __init__(self, config):
+    def __init__(self, C, n_heads, ffn_dim):
         super().__init__()
-        named = lambda **modules: nn.ModuleDict(modules)
-        C, dense = self.width, lambda n, m, bias=False: nn.Linear(n, m, bias=bias)
-        layers = [
-            named(
-                self_attn=named(**{f"{x}_proj": dense(C, C, x != "o") for x in "qkvo"}),
-                ffn_layer=named(
-                    gate_proj=dense(C, self.HIDDEN), up_proj=dense(C, self.HIDDEN), down_proj=dense(self.HIDDEN, C)
-                ),
-                norm1=nn.LayerNorm(C),
-                norm2=nn.LayerNorm(C),
-            )
-            for _ in range(self.LAYERS)
-        ]
-        self.model = named(
-            embed_layer=named(emb=dense(self.PATCH, C)), layers=nn.ModuleList(layers), norm=nn.LayerNorm(C)
-        )
-        self.lm_heads = nn.ModuleList([dense(C, self.PATCH)])
-
-    def length(self, points):
-        return max(1, points.shape[1] // self.PATCH)
-
-    def window_ends(self, n):
-        return range(n - 1 - self.PATCH * (max(1, n // self.PATCH) - 1), n, self.PATCH)
+        self.n_heads = n_heads
+        self.self_attn = nn.ModuleDict({f"{name}_proj": nn.Linear(C, C, bias=name != "o") for name in "qkvo"})
+        self.ffn_layer = nn.ModuleDict({name: nn.Linear(C, ffn_dim, bias=False) for name in ("gate_proj", "up_proj")})
+        self.ffn_layer["down_proj"] = nn.Linear(ffn_dim, C, bias=False)
+        self.norm1, self.norm2 = nn.LayerNorm(C), nn.LayerNorm(C)
 
     def rotate(self, x):
         """(B, H, n, N) -> the same, each pair of channels (j, j + N / 2) turned by n / 10000^(2 j / N)."""
@@ -946,11 +960,42 @@ class Timer(nn.Module):
         (a, b), cos, sin = x.chunk(2, -1), angle.cos().to(x), angle.sin().to(x)
         return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
-    def collate(self, series):
-        """[(2, n)] -> patches (M, longest, 96), rows (L,) of the features.
+    def forward(self, x):
+        attn, ffn = self.self_attn, self.ffn_layer
+        qkv = torch.cat([attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)], -1)  # (B, n, 3 C)
+        q, k, v = qkv.unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, n, N) each
+        y = F.scaled_dot_product_attention(self.rotate(q), self.rotate(k), v, is_causal=True)  # (B, H, n, N)
+        x = self.norm1(x + attn.o_proj(y.transpose(1, 2).flatten(2)))
+        return self.norm2(x + ffn.down_proj(F.silu(ffn.gate_proj(x)) * ffn.up_proj(x)))
 
-        What is shorter than 96 points is preceded by zeros, its mean.
-        """
+
+class Timer(nn.Module):
+    """The pretrained transformer thuml/timer-base-84m (Liu et al. 2024, https://arxiv.org/abs/2402.02368) with its own
+    parameter names: a feature for each 96 points, the series' first n mod 96 left out, as the newest count. Frozen.
+
+    Official code: https://github.com/thuml/OpenLTM; used as WorldRWKV's [1] pull request 7 does
+    """
+
+    pretrained, width = True, 1024
+    PATCH, LAYERS, HEADS, HIDDEN = 96, 8, 8, 2048
+
+    def __init__(self, config):
+        super().__init__()
+        C = self.width
+        self.model = nn.ModuleDict()
+        self.model["embed_layer"] = nn.ModuleDict({"emb": nn.Linear(self.PATCH, C, bias=False)})
+        self.model["layers"] = nn.ModuleList(TimerLayer(C, self.HEADS, self.HIDDEN) for _ in range(self.LAYERS))
+        self.model["norm"] = nn.LayerNorm(C)
+        self.lm_heads = nn.ModuleList([nn.Linear(C, self.PATCH, bias=False)])
+
+    def length(self, points):
+        return max(1, points.shape[1] // self.PATCH)
+
+    def window_ends(self, n):
+        return range(n - 1 - self.PATCH * (max(1, n // self.PATCH) - 1), n, self.PATCH)
+
+    def collate(self, series):
+        """[(2, n)] -> patches (M, longest, 96), rows (L,) of the features. Fewer than 96 points follow zeros."""
         lengths = [self.length(x) for x in series]
         recent = [x[0].cpu().numpy()[-n * self.PATCH :] for x, n in zip(series, lengths)]
         recent = [np.pad(x, (n * self.PATCH - len(x), 0)) for x, n in zip(recent, lengths)]
@@ -959,20 +1004,10 @@ class Timer(nn.Module):
     @torch.no_grad()
     def forward(self, patches, rows):
         """-> (L, 1024)"""
-        x = self.model.embed_layer.emb(patches.to(self.model.norm.weight))
-        heads = lambda x: x.unflatten(-1, (self.HEADS, -1)).transpose(1, 2)  # (B, n, C) -> (B, H, n, N)
+        x = self.model.embed_layer.emb(patches.to(self.model.norm.weight))  # (M, longest, 1024)
         for layer in self.model.layers:
-            attn, ffn = layer.self_attn, layer.ffn_layer
-            q, k, v = (heads(attn[name](x)) for name in ("q_proj", "k_proj", "v_proj"))
-            y = F.scaled_dot_product_attention(self.rotate(q), self.rotate(k), v, is_causal=True)
-            x = layer.norm1(x + attn.o_proj(y.transpose(1, 2).flatten(2)))
-            x = layer.norm2(x + ffn.down_proj(F.silu(ffn.gate_proj(x)) * ffn.up_proj(x)))
+            x = layer(x)
         return take(self.model.norm(x).flatten(0, 1), rows)
-
-
-def read_timer(encoder, path):
-    """Fills a Timer with the published model.safetensors; raises InputError, naming what is missing or too much."""
-    fit(encoder, read_safetensors(path), path)
 
 
 def normalise(x, known=None, scale=None):
@@ -981,35 +1016,35 @@ def normalise(x, known=None, scale=None):
 
     Args: x (n,), NaN or infinite where unknown; known: mean and variance are those of the first so many; scale: of the
     whole series, by default the standard deviation of x: a tenth of it is added, so that a silence is not blown up.
-    Returns: (2, n) float32, values clamped to +-10 and whether they are known; and the mean and the deviation that undo it.
+    Returns: (2, n) float32, values clamped to +-10 and whether they are known; mean and deviation, which undo it.
     """
-    there = x.isfinite()
-    first = x[:known][there[:known]]
-    everything = x[there]
-    scale = (everything.std(correction=0) if len(everything) else x.new_zeros(())) if scale is None else scale
+    mask = x.isfinite()
+    first, points = x[:known][mask[:known]], x[mask]
+    scale = (points.std(correction=0) if len(points) else x.new_zeros(())) if scale is None else scale
     mean = first.mean() if len(first) else x.new_zeros(())
-    floor = 0.1 * scale if len(everything) and scale > 1e-12 * everything.abs().max() else 1.0
+    floor = 0.1 * scale if len(points) and scale > 1e-12 * points.abs().max() else 1.0
     deviation = (first.var(correction=0) + floor**2).sqrt() if len(first) else x.new_tensor(floor)
-    points = torch.where(there, ((x - mean) / deviation).clamp(-10, 10), 0)
-    return torch.stack([points, there.to(x)]).float(), mean.item(), deviation.item()
+    points = torch.where(mask, ((x - mean) / deviation).clamp(-10, 10), 0)
+    return torch.stack([points, mask.to(x)]).float(), mean.item(), deviation.item()
 
 
 @dataclass
 class Features:
-    """In a signal's place the vectors (L, width) that its encoder makes of it, from the feature cache."""
+    """In a medium's place the features (L, width) that its encoder makes of it, from the feature cache."""
 
     vectors: torch.Tensor
 
 
 class Pretrained(nn.Module):
-    """Encoders of the library `transformers`: frozen, and in eval whatever train() says. A config names them, no checkpoint holds them: in
-    a list they are no submodules, so that parameters() and state_dict() pass them by."""
+    """Encoders of transformers [8]: frozen, and in eval whatever train() says. A config names them, no checkpoint holds
+    them: in a list they are no submodules, so that parameters() and state_dict() pass them by."""
 
     pretrained, cls = True, False
 
-    def __init__(self, models):
+    def __init__(self, models, preparations):
         super().__init__()
         self.models = [model.eval().requires_grad_(False) for model in models]
+        self.preparations = preparations  # what preprocessor_config.json says, of each
         self.width = sum(model.config.hidden_size for model in models)
 
     def _apply(self, fn, recurse=True):  # to another device or dtype
@@ -1017,11 +1052,11 @@ class Pretrained(nn.Module):
             model._apply(fn)
         return super()._apply(fn, recurse)
 
-    def length(self, signal):
-        return len(signal.vectors) if isinstance(signal, Features) else self.count(signal)
+    def length(self, x):
+        return len(x.vectors) if isinstance(x, Features) else self.count(x)
 
     def collate(self, media):
-        """What load or cached made -> features from the cache; rows (L,) of [encoded; cached]; what encode takes."""
+        """Media or Features -> features from the cache; rows (L,) of [encoded; cached]; what encode takes."""
         cached = np.array([isinstance(x, Features) for x in media])
         known = [x.vectors.cpu().numpy() for x in media if isinstance(x, Features)]
         order = np.argsort(np.repeat(cached, [self.length(x) for x in media]), kind="stable")
@@ -1037,27 +1072,27 @@ class Pretrained(nn.Module):
 
 
 class Vision(Pretrained):
-    """SigLIP, CLIP or DINOv2 ([1], section 3.1), the last hidden state as these models give it; CLIP and DINOv2 have the whole picture's vector in
-    front. Several, over the same grid, are put side by side, channel by channel, without that vector ([3]'s code, v6.11 and v7.00)."""
+    """SigLIP, CLIP or DINOv2 ([1], section 3.1), the last hidden state as these models give it; CLIP and DINOv2 have
+    the whole picture's vector in front. Several, over the same grid, are put side by side without it, by channel.
+
+    Official code: siglip_encoder.py, clip_encoder.py in world/encoder of WorldRWKV [1]; several: VisualRWKV 6.11 of [3]
+    """
 
     def __init__(self, models, preparations):
-        super().__init__(models)
-        self.preparations = preparations
-        square = lambda x, *names: tuple(x[name] for name in names) if isinstance(x, dict) else (x, x)
-        self.sizes = [
-            square(p["crop_size"] if p.get("do_center_crop") else p["size"], "height", "width") for p in preparations
-        ]
-        for model, (height, width) in zip(models, self.sizes):
-            n = model.config.image_size
-            if model.config.model_type != "dinov2" and (height, width) != (n, n):  # whose positions alone are stretched
-                raise InputError(
-                    f"{model.config.model_type} takes pictures of {n} x {n}, not {height} x {width} as its preprocessor_config.json says"
-                )
-        grids = [tuple(n // model.config.patch_size for n in size) for model, size in zip(models, self.sizes)]
+        super().__init__(models, preparations)
+        self.sizes = []  # height and width of each
+        for model, preparation in zip(models, preparations):
+            size = preparation["crop_size" if preparation.get("do_center_crop") else "size"]
+            height, width = (size["height"], size["width"]) if isinstance(size, dict) else (size, size)
+            name, n = model.config.model_type, model.config.image_size
+            if name != "dinov2" and (height, width) != (n, n):  # whose positions alone are stretched
+                given = f"{height} x {width} as its preprocessor_config.json says"
+                raise InputError(f"{name} takes pictures of {n} x {n}, not {given}")
+            self.sizes.append((height, width))
+        grids = [(h // m.config.patch_size, w // m.config.patch_size) for m, (h, w) in zip(models, self.sizes)]
         if len(set(grids)) > 1:
-            raise InputError(
-                f"encoders joined by + have to see the same grid of patches, not {' and '.join(f'{h} x {w}' for h, w in grids)}"
-            )
+            given = " and ".join(f"{h} x {w}" for h, w in grids)
+            raise InputError(f"encoders joined by + have to see the same grid of patches, not {given}")
         self.grid_h, self.grid_w = grids[0]
         self.cls = len(models) == 1 and models[0].config.model_type != "siglip_vision_model"
 
@@ -1082,22 +1117,27 @@ class Vision(Pretrained):
 
 
 class Speech(Pretrained):
-    """WavLM's or Whisper's encoder ([1], section 3.2), about 50 vectors a second, each sound by itself, since zeros behind a shorter one would
-    change it. Whisper hears 30 seconds at a time, a shorter rest filled up with silence, and what it hears in the silence is left out, as in [1]'s code."""
+    """WavLM's or Whisper's encoder ([1], section 3.2), about 50 features a second, each sound by itself, since zeros
+    behind a shorter one would change it. Whisper hears 30 seconds at a time, a shorter rest filled up with silence;
+    what it hears in the silence is left out, as in [1]'s code.
 
-    def __init__(self, model, preparation):
-        super().__init__([model])
-        self.preparations, self.whisper = [preparation], model.config.model_type == "whisper"
+    Official code: speech_encoder.py and whisper_encoder.py in world/encoder of WorldRWKV [1]
+    """
+
+    def __init__(self, models, preparations):
+        super().__init__(models, preparations)
+        self.whisper = models[0].config.model_type == "whisper"
         if self.whisper:
-            self.window = 2 * model.config.max_source_positions * MelEncoder.HOP
+            self.window = 2 * models[0].config.max_source_positions * MelEncoder.HOP
 
     def count(self, x):
-        if self.whisper:
-            return sum(
-                min(self.window // MelEncoder.HOP // 2, -(-len(part) // MelEncoder.HOP) // 2 + 1)
-                for part in x.split(self.window)
-            )
-        return int(self.models[0]._get_feat_extract_output_lengths(len(x)))
+        if not self.whisper:
+            return int(self.models[0]._get_feat_extract_output_lengths(len(x)))
+        return sum(self.count_window(part) for part in x.split(self.window))
+
+    def count_window(self, x):
+        """Of at most 30 seconds."""
+        return min(self.window // MelEncoder.HOP // 2, -(-len(x) // MelEncoder.HOP) // 2 + 1)
 
     def inputs(self, sounds):
         return sounds
@@ -1109,32 +1149,26 @@ class Speech(Pretrained):
         for x in sounds:
             if not self.whisper:
                 features.append(model(input_values=x[None].to(like)).last_hidden_state[0])
-            for part in x.split(self.window) if self.whisper else ():
+                continue
+            for part in x.split(self.window):
                 mel = MelEncoder.log_mel(F.pad(part, (0, self.window - len(part))), model.config.num_mel_bins)
-                features.append(model(mel[None].to(like)).last_hidden_state[0, : self.count(part)])
+                features.append(model(mel[None].to(like)).last_hidden_state[0, : self.count_window(part)])
         return torch.cat(features)
 
 
-HUB = {  # where a family is fetched from
-    "siglip": "google/siglip2-base-patch16-384",
-    "clip": "openai/clip-vit-large-patch14-336",
-    "dinov2": "facebook/dinov2-small",
-    "wavlm": "microsoft/wavlm-base-plus",
-    "whisper": "openai/whisper-small",
-}
-MODELS = {
-    "siglip": "SiglipVisionModel",
-    "clip": "CLIPVisionModel",
-    "dinov2": "Dinov2Model",
-    "wavlm": "WavLMModel",
-    "whisper": "WhisperModel",
+FAMILIES = {  # kind, class of transformers, where it is fetched from
+    "siglip": ("image", "SiglipVisionModel", "google/siglip2-base-patch16-384"),
+    "clip": ("image", "CLIPVisionModel", "openai/clip-vit-large-patch14-336"),
+    "dinov2": ("image", "Dinov2Model", "facebook/dinov2-small"),
+    "wavlm": ("audio", "WavLMModel", "microsoft/wavlm-base-plus"),
+    "whisper": ("audio", "WhisperModel", "openai/whisper-small"),
 }
 
 
 def read_pretrained(kind, names):
-    """The encoder of pictures or sounds in a folder or on the hub (a family's name stands for an id: HUB), as its config.json says; pictures:
-    also several joined by +. Raises InputError naming the flag."""
-    flag, known = f"--{kind}_encoder={names}", ", ".join(HUB)
+    """The encoder of pictures or sounds in a folder or on the hub (a family's name stands for an id), as config.json
+    says; pictures: also several joined by +. Raises InputError naming the flag."""
+    flag, families = f"--{kind}_encoder={names}", ", ".join(FAMILIES)
     try:
         import transformers
     except ImportError as e:
@@ -1143,52 +1177,48 @@ def read_pretrained(kind, names):
     transformers.utils.logging.disable_progress_bar()
     models, preparations = [], []
     for name in names.split("+") if kind == "image" and not os.path.isdir(names) else [names]:
-        place = HUB.get(name, name)
+        path = FAMILIES[name][2] if name in FAMILIES else name
         try:
-            if not os.path.isdir(place) and place.count("/") != 1:
-                raise OSError("no such folder")
-            about = transformers.AutoConfig.from_pretrained(
-                place, trust_remote_code=False
-            )  # else it offers to run the folder's own code
-            family = about.model_type.removesuffix("_vision_model")
-            if family not in (("siglip", "clip", "dinov2") if kind == "image" else ("wavlm", "whisper")):
-                raise InputError(f"{flag}: {place} is {family}, no encoder of {kind}s of a known family ({known})")
-            head = {"vision_use_head": False} if family == "siglip" else {}  # it is not used
-            model, about = getattr(transformers, MODELS[family]).from_pretrained(
-                place, dtype=torch.float32, output_loading_info=True, **head
-            )
-            if missing := sorted(
-                name for name in about["missing_keys"] if "mask" not in name
-            ):  # what is masked in pretraining alone
-                raise InputError(
-                    f"{flag}: {place} lacks weights: {missing[0]}"
-                    + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-                )
-            models.append(model.get_encoder() if family == "whisper" else model)
-            settings_of = (
-                transformers.ImageProcessingMixin.get_image_processor_dict
-                if kind == "image"
-                else transformers.FeatureExtractionMixin.get_feature_extractor_dict
-            )
-            preparations.append(
-                {"rescale_factor": 1 / 255, "resample": 3} | settings_of(place)[0]
-            )  # older files leave these out
-            if lacking := [
-                name for name in ("size", "image_mean", "image_std") if kind == "image" and name not in preparations[-1]
-            ]:
-                raise InputError(f"{flag}: the preprocessor_config.json of {place} has no {lacking[0]}")
-        except InputError:
-            raise
+            model, preparation = read_pretrained_model(transformers, kind, path)
+        except InputError as e:
+            raise InputError(f"{flag}: {path} {e}") from e
         except Exception as e:  # huggingface_hub's, safetensors' and transformers' own, OSError, ValueError
             why = (str(e).strip() or type(e).__name__).splitlines()[0]
-            here = ", ".join([*ENCODERS[kind], "none"])
-            raise InputError(
-                f"{flag}: {place} is none of {here}, nor a folder or hub id of a pretrained encoder ({known}) that can be read: {why}"
-            ) from e
+            own = f"{', '.join([*ENCODERS[kind], 'none'])}, nor a folder or hub id of a pretrained encoder ({families})"
+            raise InputError(f"{flag}: {path} is none of {own} that can be read: {why}") from e
+        models.append(model)
+        preparations.append(preparation)
     try:
-        return Vision(models, preparations) if kind == "image" else Speech(models[0], preparations[0])
+        return (Vision if kind == "image" else Speech)(models, preparations)
     except InputError as e:
         raise InputError(f"{flag}: {e}") from e
+
+
+def read_pretrained_model(transformers, kind, path):
+    """(model, what its preprocessor_config.json says). Raises InputError without the path."""
+    if not os.path.isdir(path) and path.count("/") != 1:
+        raise OSError("no such folder")
+    hf_config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)  # else it offers to run its code
+    family = hf_config.model_type.removesuffix("_vision_model")
+    if family not in FAMILIES or FAMILIES[family][0] != kind:
+        raise InputError(f"is {family}, no encoder of {kind}s of a known family ({', '.join(FAMILIES)})")
+    head = {"vision_use_head": False} if family == "siglip" else {}  # it is not used
+    model, loading = getattr(transformers, FAMILIES[family][1]).from_pretrained(
+        path, dtype=torch.float32, output_loading_info=True, **head
+    )
+    missing = sorted(name for name in loading["missing_keys"] if "mask" not in name)  # masks are of pretraining alone
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"lacks weights: {missing[0]}{more}")
+    if kind == "image":
+        read, needed = transformers.ImageProcessingMixin.get_image_processor_dict, ("size", "image_mean", "image_std")
+    else:
+        read, needed = transformers.FeatureExtractionMixin.get_feature_extractor_dict, ()
+    preparation = {"rescale_factor": 1 / 255, "resample": 3} | read(path)[0]  # older files leave these out
+    for name in needed:
+        if name not in preparation:
+            raise InputError(f"has a preprocessor_config.json with no {name}")
+    return model.get_encoder() if family == "whisper" else model, preparation
 
 
 class AbsentTowers(nn.Module):
@@ -1211,14 +1241,17 @@ ENCODERS = {
 
 
 class Adapter(nn.Module):
-    """Conv1D(k, s) along the sequence, then y = MLP(x), y + LayerNorm(y) ([1], eq. 4 and 5; [1]'s code, pre_norm);
+    """Conv1D(k, s) along the sequence ([1], eq. 5), then h = MLP(x) (eq. 4) and h + LayerNorm(h) (the code's pre_norm);
     or VisualRWKV's projector: linear, W x ([3]), or gated, LayerNorm(O (x * sigmoid(G x))) (its code, v7.00).
 
-    The sequence is padded on the left so that the last window ends on the last vector:
-    L' = floor((L + pad - k) / s) + 1, 577 and 576 vectors both give 288, 192, 144 for (3,2), (4,3), (5,4).
+    The sequence is padded on the left so that the last window ends on the last feature:
+    L' = floor((L + pad - k) / s) + 1, 577 and 576 features both give 288, 192, 144 for (3,2), (4,3), (5,4).
 
-    vectors: of a series' encoder, those of a lookback. To each vector they become a learned one is added, by its place counted from the
-    end; vectors further back share the first place. Without places what stood a week ago is found late or not at all.
+    Official code: VisualAdapter, https://github.com/JL-er/WorldRWKV/blob/main/world/encoder/siglip_encoder.py
+    Args:
+        vectors: of a series' encoder, its features of a lookback. To each vector they become a learned one is added, by
+            its place counted from the end; vectors further back share the first. Without it what stood a week ago is
+            found late or not at all.
     """
 
     def __init__(self, width, n_embd, scale, kernel, stride, kind="mlp", vectors=0):
@@ -1229,24 +1262,22 @@ class Adapter(nn.Module):
         if kind == "mlp":
             self.mlp = nn.Sequential(nn.Linear(width, scale * n_embd), nn.ReLU(), nn.Linear(scale * n_embd, n_embd))
             self.pre_norm = nn.LayerNorm(n_embd)
-            for layer in (
-                self.mlp[0],
-                self.mlp[2],
-            ):  # a bias would drown a faint signal in the norm, and delay its emergence
-                nn.init.zeros_(layer.bias)
+            nn.init.zeros_(self.mlp[0].bias)  # a bias would drown a faint signal in the norm, and delay its emergence
+            nn.init.zeros_(self.mlp[2].bias)
         else:
             self.o_proj = nn.Linear(width, n_embd, bias=False)
         if kind == "gated":
             self.gate, self.ln_v = nn.Linear(width, width, bias=False), nn.LayerNorm(n_embd)
-        self.place = (
-            nn.Parameter(2 * torch.randn(self.length(vectors), n_embd)) if vectors else None
-        )  # loud: fainter ones are used late
+        self.place = None
+        if vectors:
+            self.place = nn.Parameter(2 * torch.randn(self.length(vectors), n_embd))  # loud: fainter ones are used late
 
-    def padding(self, n):  # on the left
-        return max(self.kernel - n, (self.kernel - n) % self.stride)
+    def padding(self, n):
+        """On the left of n features."""
+        return max(self.kernel - n, (self.kernel - n) % self.stride) if self.kernel else 0
 
     def length(self, n):
-        return (n + self.padding(n) - self.kernel) // self.stride + 1 if self.kernel else n
+        return (n + self.padding(n) - self.kernel) // self.stride + 1 if self.kernel else n  # eq. 5: L'
 
     def window_ends(self, n):
         """Which of n features each window ends on."""
@@ -1254,50 +1285,59 @@ class Adapter(nn.Module):
 
     def collate(self, lengths):
         """
-        Of features of these lengths: rows (M, T), by which gather() makes the Conv1D's input; kept (L',), the windows
-        that are no padding; positions (L',), the rows of `place`.
+        Of features of these lengths: rows (M, T), by which gather() makes the Conv1D's input, padded on the left and on
+        the right; kept (L',), the windows that are no padding; positions (L',), the rows of `place`.
         """
+        left = np.array([self.padding(n) for n in lengths])
+        mask = length_mask(left + lengths)
+        mask[np.arange(mask.shape[1]) < left[:, None]] = False
+        rows = np.zeros(mask.shape, np.int64)
+        rows[mask] = np.arange(1, sum(lengths) + 1)
         windows, positions = [self.length(n) for n in lengths], None
-        rows = padded_rows(lengths, [self.padding(n) for n in lengths]) if self.kernel else None
         if self.place is not None:
             P = len(self.place)
             positions = torch.from_numpy(np.concatenate([np.arange(P - n, P) for n in windows]).clip(0))
-        return rows, true_rows(length_mask(windows)), positions
+        return torch.from_numpy(rows), true_rows(length_mask(windows)), positions
 
     def forward(self, x, rows, kept, positions=None):
         """(L, width) -> (L', n_embd)"""
         if self.kernel:
-            x = self.conv(gather([x], rows).mT).mT  # (M, T, width) -> (M, windows, width)
-            x = take(x.flatten(0, 1), kept)
-        if self.kind == "mlp":
-            y = self.mlp(x)
-            y = y + self.pre_norm(y)
-        else:
-            y = self.o_proj(x) if self.kind == "linear" else self.ln_v(self.o_proj(x * torch.sigmoid(self.gate(x))))
+            x = self.conv(gather([x], rows).mT).mT  # eq. 5: (M, T, width) -> (M, windows, width)
+            x = take(x.flatten(0, 1), kept)  # (L', width)
+        y = self.project(x)
         return y if positions is None else y + take(self.place, positions)
 
+    def project(self, x):
+        if self.kind == "linear":
+            return self.o_proj(x)
+        if self.kind == "gated":
+            return self.ln_v(self.o_proj(x * torch.sigmoid(self.gate(x))))
+        h = self.mlp(x)  # eq. 4: Linear2(ReLU(Linear1(x)))
+        return h + self.pre_norm(h)
 
-class SpeechAdapter(nn.Module):
-    """Conv1D(3, 2), which halves the vectors to 25 a second, then an MLP, without a norm ([1]'s code)."""
+
+class SpeechAdapter(Adapter):
+    """Conv1D(3, 2), which halves the features to 25 a second, then an MLP, without a norm.
+
+    Official code: SpeechAdapter, https://github.com/JL-er/WorldRWKV/blob/main/world/encoder/speech_encoder.py
+    """
 
     def __init__(self, width, n_embd, scale):
-        super().__init__()
+        nn.Module.__init__(self)
         hidden = scale * n_embd
-        self.conv = nn.Conv1d(width, hidden, 3, 2, 2)
+        self.kernel, self.place = 3, None
+        self.conv = nn.Conv1d(width, hidden, 3, 2, 2)  # the zeros behind a shorter sound are those of its own padding
         self.mlp = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, n_embd))
-        start_loud(self.conv, self.mlp[0], self.mlp[2])
+        kaiming_init_(self.conv, self.mlp[0], self.mlp[2])
+
+    def padding(self, n):
+        return 0  # besides the Conv1D's own
 
     def length(self, n):
         return (n + 1) // 2 + 1
 
-    def collate(self, lengths):
-        """rows and kept, as Adapter's."""
-        return padded_rows(lengths), true_rows(length_mask([self.length(n) for n in lengths]))
-
-    def forward(self, x, rows, kept):
-        """(L, width) -> (L', n_embd)"""
-        x = self.conv(gather([x], rows).mT).mT  # the zeros behind a shorter sound are those of its own padding
-        return self.mlp(take(x.flatten(0, 1), kept))
+    def project(self, x):
+        return self.mlp(x)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1306,35 +1346,35 @@ class SpeechAdapter(nn.Module):
 
 SOURCE = {"answer": "text", "forecast": "series"}  # what a segment is made of, where its kind does not say so
 SCANS = {"uni": 1, "bi": 2, "multi": 4}  # so many orders take turns from layer to layer: forward, backward, down, up
+VOCAB_SIZES = {"bytes": 260, "gpt2": 50257}  # of tokenizers; RWKV World's: 65536
 
 
 def scan(span, window_ends, columns):
-    """The orders in which layers read a picture ([3], section 3.3) whose vectors have the positions `span` in the sequence.
-    Down is by column, then by row, of the last patch in a vector's window: `window_ends`, as of Adapter."""
+    """The orders in which layers read a picture ([3], section 3.2.4) whose vectors have the positions `span` in the
+    sequence: forward, backward, down, up. Down is by column, then by row, of the last patch in a vector's window:
+    `window_ends`, as of Adapter. Official code: https://github.com/howard-hou/VisualRWKV/tree/main/VisualRWKV-v6"""
     down = sorted(span, key=lambda i: (window_ends[i - span[0]] % columns, window_ends[i - span[0]]))
     return span, span[::-1], down, down[::-1]
 
 
-VOCAB_SIZES = {"bytes": 260, "gpt2": 50257}  # of tokenizers; RWKV World's: 65536
-
-
 def reorder(x, order):
+    """x (B, T, C) by order (B, T)."""
     return x.gather(1, order[..., None].expand_as(x))
 
 
 class Batch(NamedTuple):
     """What ModRWKV.collate makes of a list of samples, on the CPU: a GPU is asked for no count."""
 
-    ids: torch.Tensor  # (n,): of all text
+    ids: Tensor  # (n,): of all text
     media: dict  # kind -> (number of them, what its encoder takes, what its adapter takes)
-    rows: torch.Tensor  # (B, T): what stands where, as rows of [zeros; embeddings of ids; images; sounds; series]
-    labels: torch.Tensor  # (B, T): the token each position has to predict, -100 where none
-    lengths: torch.Tensor  # (B,)
+    rows: Tensor  # (B, T): what stands where, as rows of [zeros; embeddings of ids; images; sounds; series]
+    labels: Tensor  # (B, T): the token each position has to predict, -100 where none
+    lengths: Tensor  # (B,)
     orders: list  # what the layers take turns to gather their input by: (B, T), or None for as it is
-    answers: torch.Tensor  # (m,): positions in (B T) that have a label
-    forecasts: torch.Tensor  # (f,): positions in (B T) that forecast
-    targets: torch.Tensor  # (f, horizon): the points they forecast, NaN where unknown
-    n_targets: torch.Tensor  # (m + f,): how many answers and forecasts the sample of each has
+    answers: Tensor  # (m,): positions in (B T) that have a label
+    forecasts: Tensor  # (f,): positions in (B T) that forecast
+    targets: Tensor  # (f, horizon): the points they forecast, NaN where unknown
+    n_targets: Tensor  # (m + f,): how many answers and forecasts the sample of each has
     n_samples: int  # that have any
 
     def to(self, device):
@@ -1351,16 +1391,17 @@ def move(x, device):
 
 
 class ModRWKV(nn.Module):
-    """The language model, with an encoder and an adapter for each kind of signal."""
+    """The language model, with an encoder and an adapter for each kind of media ([1], figure 1).
+
+    Official code: https://github.com/JL-er/WorldRWKV/blob/main/world/model.py
+    """
 
     feature_cache = ""  # a folder: data/media.py
-    checkpoint_activations = (
-        False  # in training keep what enters a block alone, and run the block again in the backward pass
-    )
+    checkpoint_activations = False  # in training keep what enters a block alone, and run it again in the backward pass
 
-    def __init__(self, config, vocab_size=None, ranks=None, hidden=None):
-        """vocab_size, ranks of the low-rank matrices and hidden width of the FFN: read off a checkpoint, else official. With ranks,
-        the language model has no initial values, which take a minute for half a billion parameters: the checkpoint fills it."""
+    def __init__(self, config, vocab_size=None, ranks=None, ffn_dim=None):
+        """vocab_size, ranks of the low-rank matrices and ffn_dim: read off a checkpoint, else official. With ranks, the
+        language model has no initial values (a minute for half a billion parameters): the checkpoint fills it."""
         super().__init__()
         check_settings(config)
         if config.n_embd % config.head_size:
@@ -1370,61 +1411,63 @@ class ModRWKV(nn.Module):
         with torch.device("meta") if ranks else contextlib.nullcontext():
             self.emb = nn.Embedding(V, C)
             nn.init.uniform_(self.emb.weight, -1e-4, 1e-4)
-            self.blocks = nn.ModuleList(Block(config, layer, ranks, hidden) for layer in range(config.n_layer))
+            self.blocks = nn.ModuleList(Block(config, layer, ranks, ffn_dim) for layer in range(config.n_layer))
             self.ln_out = nn.LayerNorm(C)
             self.head = nn.Linear(C, V, bias=False)
             nn.init.orthogonal_(self.head.weight, 0.5 * max(1, V / C) ** 0.5)
         self.encoder, self.adapter = nn.ModuleDict(), nn.ModuleDict()
         for kind in MEDIA:
             name = getattr(config, f"{kind}_encoder")
-            if kind == "series" and name not in ENCODERS[kind] and name != "none":
-                raise InputError(f"{kind}_encoder={name} is not one of {', '.join(ENCODERS[kind])}, none")
-            if name != "none":
-                encoder = self.encoder[kind] = (
-                    ENCODERS[kind][name](config) if name in ENCODERS[kind] else read_pretrained(kind, name)
+            if name == "none":
+                continue
+            encoder = ENCODERS[kind][name](config) if name in ENCODERS[kind] else read_pretrained(kind, name)
+            size, scale, projector = (encoder.width, C), config.adapter_scale, config.adapter_kind
+            if kind == "image":
+                adapter = Adapter(*size, scale, config.conv_kernel, config.conv_stride, projector)
+            elif kind == "audio":
+                adapter = SpeechAdapter(*size, scale)
+            else:
+                n, kernel, stride = (
+                    len(encoder.window_ends(config.lookback)),
+                    config.series_kernel,
+                    config.series_stride,
                 )
-                convs = {
-                    "image": (config.conv_kernel, config.conv_stride),
-                    "series": (config.series_kernel, config.series_stride),
-                }
-                own = (*convs[kind], config.adapter_kind) if kind in convs else ()
-                own += (len(encoder.window_ends(config.lookback)),) if kind == "series" else ()
-                self.adapter[kind] = (Adapter if kind in convs else SpeechAdapter)(
-                    encoder.width, C, config.adapter_scale, *own
-                )
+                adapter = Adapter(*size, scale, kernel, stride, projector, n)
+                if kernel and not stride <= kernel <= n:
+                    bounds = f"not 0, nor from series_stride={stride} to the {n} vectors of a lookback"
+                    raise InputError(f"series_kernel={kernel} is {bounds}")
+            self.encoder[kind], self.adapter[kind] = encoder, adapter
         if "series" in self.encoder:
-            n, kernel = len(self.encoder["series"].window_ends(config.lookback)), config.series_kernel
-            if kernel and not config.series_stride <= kernel <= n:
-                raise InputError(
-                    f"series_kernel={kernel} is not 0, nor from series_stride={config.series_stride} to the {n} vectors of a lookback"
-                )
             self.forecast_head = nn.Linear(C, config.horizon)
             nn.init.zeros_(self.forecast_head.weight)  # the first forecast is the mean
             nn.init.zeros_(self.forecast_head.bias)
 
-    def window(self, x, rng=None):
-        """
-        The sample that learns to forecast a stretch of a series x (n,): a segment ("forecast", (points (2, lookback), targets)).
-
-        Every vector predicts the `horizon` points that follow it: targets (vectors, horizon), NaN where there is nothing to learn, which
-        is also where the prediction would be of points that mean and deviation have seen. Without rng it is the last stretch, and
-        the last vector alone predicts.
-        """
+    def check_series(self):
         if "series" not in self.encoder:
             raise InputError("this model has no series encoder; train one with --series_encoder=wavenet")
+
+    def window(self, x, rng=None):
+        """
+        A sample that learns to forecast a stretch of a series x (n,): [("forecast", (points (2, lookback), targets))].
+
+        Every vector predicts the `horizon` points that follow it: targets (vectors, horizon), NaN where nothing is
+        to learn, also where the prediction would be of points that mean and deviation have seen. Without rng it is the
+        last stretch, and the last vector alone predicts.
+        """
+        self.check_series()
         n, horizon = self.config.lookback, self.config.horizon
         x = F.pad(x, (max(0, n + horizon - len(x)), 0), value=math.nan)
-        start, known = len(x) - n - horizon, n
+        start, n_observed = len(x) - n - horizon, n
         if rng:
             start = rng.randint(0, start)
             blank = next((i for i in range(n) if x[start + i].isfinite()), n)  # points before the first
-            known = n if rng.random() < 0.15 else rng.randint(blank + (n - blank) // 3, n)
-        past, x = x[: start + known], x[start : start + n + horizon]
-        points, *_ = normalise(x, known, past[past.isfinite()].std(correction=0))
+            n_observed = n if rng.random() < 0.15 else rng.randint(blank + (n - blank) // 3, n)
+        past, x = x[: start + n_observed], x[start : start + n + horizon]
+        points, *_ = normalise(x, n_observed, past[past.isfinite()].std(correction=0))
         ends = self.encoder["series"].window_ends(n)
         ends = torch.tensor([ends[i] for i in self.adapter["series"].window_ends(len(ends))])
         targets = torch.where(points[1] > 0, points[0], math.nan)[ends[:, None] + torch.arange(1, horizon + 1)]
-        first = known if points[1, :n].any() else math.inf  # from nothing, nothing is learned
+        first = n_observed if points[1, :n].any() else math.inf  # from nothing, nothing is learned
         targets[ends + 1 < first] = math.nan
         return [("forecast", (points[:, :n], targets))]
 
@@ -1439,7 +1482,7 @@ class ModRWKV(nn.Module):
     # -- fuse, forward, loss --
 
     def cls(self, kind):
-        """Where a signal has a vector of the whole, which its encoder puts first: "first", "last", or None if it has none."""
+        """Where media have a vector of the whole, which encoders put first: "first", "last", or None without one."""
         return self.config.cls if getattr(self.encoder[kind], "cls", False) else None
 
     def collate(self, samples):
@@ -1452,16 +1495,15 @@ class ModRWKV(nn.Module):
         ids = np.fromiter(itertools.chain(*found.pop("text")), np.int64)
         if len(ids) and not 0 <= ids.min() <= ids.max() < self.emb.num_embeddings:
             raise InputError(f"token {ids.max()} is beyond the model's vocabulary of {self.emb.num_embeddings}")
-        next_row, media = {"text": 1}, {}
-        end = 1 + len(ids)
-        for kind, signals in found.items():
-            if not signals:
+        next_row, media, end = {"text": 1}, {}, 1 + len(ids)
+        for kind, inputs in found.items():
+            if not inputs:
                 continue
             if kind not in self.encoder:
                 raise InputError(f"this model has no {kind} encoder")
             encoder, adapter = self.encoder[kind], self.adapter[kind]
-            lengths = [encoder.length(x) for x in signals]
-            media[kind] = len(signals), encoder.collate(signals), adapter.collate(lengths)
+            lengths = [encoder.length(x) for x in inputs]
+            media[kind] = len(inputs), encoder.collate(inputs), adapter.collate(lengths)
             next_row[kind] = end
             end += sum(adapter.length(n) for n in lengths)
 
@@ -1516,8 +1558,8 @@ class ModRWKV(nn.Module):
         """
         Samples of segments, or a Batch, to one padded batch.
 
-        Returns: x (B, T, C), padded on the right; labels (B, T), the token each position has to predict,
-        -100 where none; lengths (B,); orders, what the layers take turns to gather their input by, (B, T) each, None for as it is.
+        Returns: x (B, T, C), padded on the right; labels (B, T), the token each position has to predict, -100 where
+        none; lengths (B,); orders, what the layers take turns to gather their input by, (B, T) each, None for as it is.
         """
         # 1. Count what is where, on the CPU
         batch = self.collate(samples).to(self.emb.weight.device)
@@ -1544,7 +1586,8 @@ class ModRWKV(nn.Module):
                 x, v, s = block(x, v_first, s, lengths)
                 v_first = v if v_first is None else v_first
             else:  # the residual stream keeps its order between the layers
-                x, _, s = block(reorder(x, order), reorder(v_first, order) if v_first is not None else None, s, lengths)
+                v = None if v_first is None else reorder(v_first, order)  # RWKV-5 and 6 have none
+                x, _, s = block(reorder(x, order), v, s, lengths)
                 x = reorder(x, back)
             new.append(s)
         return self.ln_out(x), new
@@ -1560,8 +1603,8 @@ class ModRWKV(nn.Module):
         return self.head(x), state
 
     def loss(self, samples, count=None, reduction="token", l2wrap=0.0):
-        """Cross-entropy of the answers' tokens; only they go through the head. Of a forecast, half Huber's and half the absolute
-        error of the normalised points, a vector counting as a token.
+        """Cross-entropy of the answers' tokens; only they go through the head. Of a forecast, half Huber's and half the
+        absolute error of the normalised points, a vector counting as a token.
 
         Args: samples: as of fuse; reduction: "token", the sum divided by `count` (by default the number of these
         tokens), or "sample", the sum of each sample's mean divided by `count` (by default the number of samples that
@@ -1593,15 +1636,14 @@ class ModRWKV(nn.Module):
         """
         The next points of a batch of series, from the last `lookback` points of each.
 
-        Args: series: tensors (n,) or lists, NaN where unknown; horizon: how many points, by default config.horizon, further
-        ones from the forecast itself; scale: see `normalise`.
+        Args: series: tensors (n,) or lists, NaN where unknown; horizon: how many points, by default config.horizon,
+        further ones from the forecast itself; scale: see `normalise`.
         Returns: (B, horizon), in the units of the series.
         """
-        if "series" not in self.encoder:
-            raise InputError("this model has no series encoder; train one with --series_encoder=wavenet")
-        series, ahead = [torch.as_tensor(x, dtype=torch.float64) for x in series], []
-        while sum(y.shape[1] for y in ahead) < (horizon or self.config.horizon):
-            n = self.config.lookback
+        self.check_series()
+        series, ahead, n = [torch.as_tensor(x, dtype=torch.float64) for x in series], [], self.config.lookback
+        horizon = horizon or self.config.horizon
+        while sum(y.shape[1] for y in ahead) < horizon:
             recent = [F.pad(x[-n:], (max(0, n - len(x)), 0), value=math.nan) for x in series]
             deviations = [scale or x[x.isfinite()].std(correction=0) for x in series]
             points, means, deviations = zip(*(normalise(x, scale=d) for x, d in zip(recent, deviations)))
@@ -1610,15 +1652,15 @@ class ModRWKV(nn.Module):
             means, deviations = torch.tensor([means, deviations], dtype=torch.float64)[..., None]
             ahead.append(y * deviations + means)
             series = [torch.cat([x, y]) for x, y in zip(series, ahead[-1])]
-        return torch.cat(ahead, 1)[:, : horizon or self.config.horizon]
+        return torch.cat(ahead, 1)[:, :horizon]
 
     @torch.inference_mode()
     def generate(self, samples, state=None, max_new_tokens=256, temperature=0.0, top_k=0, top_p=1.0, seed=0, end=(0,)):
         """Continues a batch of samples (lists of segments), each until a token of `end` or max_new_tokens.
 
         temperature 0 is greedy. Each sample has its own random numbers, so no answer depends on its neighbours.
-        Yields: at each step the list of new tokens, None for samples at rest; send() may answer with a list of which are done.
-        Returns (as StopIteration.value): for a batch of one, the state after its last token, or before it if that is one of `end`.
+        Yields: at each step the list of new tokens, None for samples that ended; send() may answer which are done.
+        Returns (as StopIteration.value): for a batch of one, the state after its last token, or before one of `end`.
         """
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens={max_new_tokens} leaves no room for an answer")
@@ -1629,7 +1671,8 @@ class ModRWKV(nn.Module):
         x = x[torch.arange(B, device=device), lengths - 1]
         done = [False] * B
         for step in range(max_new_tokens):
-            tokens = torch.stack([pick(z, temperature, top_k, top_p, g) for z, g in zip(self.head(x).float(), rngs)])
+            logits = self.head(x).float()
+            tokens = torch.stack([sample_token(z, temperature, top_k, top_p, rng) for z, rng in zip(logits, rngs)])
             new = [None if rests else token for rests, token in zip(done, tokens.tolist())]
             stopped = (yield new) or [False] * B
             done = [token is None or token in end or stops for token, stops in zip(new, stopped)]
@@ -1641,8 +1684,8 @@ class ModRWKV(nn.Module):
             return state if new[0] in end else self.backbone(self.emb(tokens)[:, None], state)[1]
 
 
-def pick(logits, temperature, top_k, top_p, generator):
-    """One token from logits (V,): greedy at temperature 0, else from the top_k likeliest (0: all) within a mass of top_p."""
+def sample_token(logits, temperature, top_k, top_p, generator):
+    """One token of logits (V,): greedy at temperature 0, else of the top_k likeliest (0: all) in a mass of top_p."""
     if temperature == 0:
         return logits.argmax()
     p, index = torch.softmax(logits / temperature, -1).sort(descending=True)
@@ -1656,62 +1699,52 @@ def pick(logits, temperature, top_k, top_p, generator):
 
 
 def parameter_groups(model, weight_decay, decay_lr=2.0, muon=False):
-    """AdamW groups as the official ones ([4], configure_optimizers): weight decay on matrices named `.weight` only, twice
-    the learning rate (decay_lr) on att.w0 and att.time_decay. Each group's learning rate is to be multiplied by its "lr_scale".
-    muon: a fourth group, for torch.optim.Muon, takes the matrices of blocks, encoders and adapters from the first."""
+    """AdamW groups as the official ones ([4], configure_optimizers): weight decay on matrices (`.weight`); twice the
+    learning rate (decay_lr) on att.w0 and att.time_decay. Each group's learning rate is to be multiplied by its
+    "lr_scale". muon: a fourth group, for torch.optim.Muon, takes the matrices of blocks, encoders and adapters."""
     groups = {"decay": [], "w0": [], "rest": [], "muon": []}
     for name, p in model.named_parameters():
-        matrix = name.endswith(".weight") and sum(n > 1 for n in p.shape) >= 2
-        inside = p.ndim == 2 and not name.startswith(("emb.", "head.", "forecast_head."))
-        group = (
-            "w0"
-            if name.endswith(("att.w0", "att.time_decay"))
-            else "rest"
-            if not matrix
-            else "muon"
-            if muon and inside
-            else "decay"
-        )
+        if name.endswith(("att.w0", "att.time_decay")):
+            group = "w0"
+        elif not name.endswith(".weight") or sum(n > 1 for n in p.shape) < 2:
+            group = "rest"
+        elif muon and p.ndim == 2 and not name.startswith(("emb.", "head.", "forecast_head.")):
+            group = "muon"
+        else:
+            group = "decay"
         groups[group].append(p)
-    return [
-        {"params": groups["decay"], "weight_decay": weight_decay, "lr_scale": 1.0},
-        {"params": groups["w0"], "weight_decay": 0.0, "lr_scale": decay_lr},
-        {"params": groups["rest"], "weight_decay": 0.0, "lr_scale": 1.0},
-    ] + [{"params": groups["muon"], "weight_decay": weight_decay, "lr_scale": 1.0}] * muon
+    settings = {"decay": (weight_decay, 1.0), "w0": (0.0, decay_lr), "rest": (0.0, 1.0)}
+    if muon:
+        settings["muon"] = (weight_decay, 1.0)
+    return [{"params": groups[name], "weight_decay": wd, "lr_scale": scale} for name, (wd, scale) in settings.items()]
 
 
 def freeze(model, phase, names=""):
-    """The papers' two phases: "adapter" trains adapters and encoders without pretrained weights, "all" the language model too.
-
-    names: more to be frozen, as beginnings of parameter names separated by commas: "emb", "blocks.0,blocks.1", "adapter".
-    """
+    """The papers' two phases: "adapter" trains adapters and encoders without pretrained weights, "all" everything else,
+    too. names: more to freeze, as beginnings of parameter names separated by commas: "emb", "blocks.0,blocks.1"."""
     names = [name for name in names.split(",") if name]
-    starts = lambda parameter, name: parameter == name or parameter.startswith(name + ".")
-    for name in names:
-        if not any(starts(parameter, name) for parameter, _ in model.named_parameters()):
-            raise InputError(f"--freeze: no parameter is called {name} or {name}...")
+    matched = set()
     for name, p in model.named_parameters():
-        part = name.split(".")[0]
-        pretrained = part == "encoder" and getattr(model.encoder[name.split(".")[1]], "pretrained", False)
-        frozen = pretrained or any(starts(name, n) for n in names)
+        part, *rest = name.split(".")
+        hits = [prefix for prefix in names if f"{name}.".startswith(f"{prefix}.")]
+        matched.update(hits)
+        frozen = hits or part == "encoder" and getattr(model.encoder[rest[0]], "pretrained", False)
         p.requires_grad_(not frozen and (phase == "all" or part in ("encoder", "adapter", "forecast_head")))
+    for name in names:
+        if name not in matched:
+            raise InputError(f"--freeze: no parameter is called {name} or {name}...")
 
 
 # ----------------------------------------------------------------------------------------------
 # 9. Checkpoints
 
 
-def write(path, contents):
-    """Writes tensors and plain values to path, as torch does or (*.safetensors) as safetensors: all of it, or nothing and what was there stays."""
+def write(path, contents, save_file=None):
+    """Writes tensors and plain values by save_file(contents, file): all, or nothing and what was there stays."""
     partial = f"{path}.partial"
     try:
         with open(partial, "wb") as f:
-            if str(path).endswith(".safetensors"):
-                f.write(
-                    safetensors(path).save({name: x.contiguous() for name, x in contents.items()}, {"format": "pt"})
-                )
-            else:
-                torch.save(contents, f)
+            (save_file or torch.save)(contents, f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(partial, path)
@@ -1723,27 +1756,8 @@ def write(path, contents):
 
 
 def save(path, model, **more):
-    """Writes model, config and `more` (tensors and plain values) to path: all of it, or nothing and what was there stays."""
+    """Writes model, config and `more` (tensors and plain values) to path, as `write` does."""
     write(path, {"model": model.state_dict(), "config": dataclasses.asdict(model.config), **more})
-
-
-def safetensors(path):
-    """The module that reads and writes .safetensors files such as path."""
-    try:
-        import safetensors.torch
-
-        return safetensors.torch
-    except ImportError as e:
-        raise InputError(f'{path} takes safetensors: pip install -e ".[pretrained]"') from e
-
-
-def read_safetensors(path):
-    """{name: tensor} of a .safetensors file."""
-    module = safetensors(path)
-    try:
-        return module.load_file(path)
-    except Exception as e:  # safetensors' own, and OSError
-        raise InputError(f"cannot read {path}: {e}") from e
 
 
 def read_file(path):
@@ -1758,7 +1772,7 @@ def read_file(path):
 
 
 def own_checkpoint(data, path):
-    """The contents of a checkpoint of ours, or of BlinkDL's, whose names are the same, as if it were ours; None if it is neither."""
+    """The contents of a checkpoint of ours, or BlinkDL's, whose names are the same, as if ours; else None."""
     if not isinstance(data, dict):
         raise InputError(f"{path} holds no model")
     if isinstance(data.get("model"), dict) and isinstance(data.get("config"), dict):
@@ -1768,78 +1782,85 @@ def own_checkpoint(data, path):
     return {"model": data, "config": {"tokenizer": "rwkv_vocab_v20230424.txt", "image_encoder": "none"}}
 
 
-def build(data, path, **changes):
-    """The model of read_checkpoint's contents; sizes are read off the tensors, `changes` go into its config. What belongs to an
-    encoder that is changed to none is left out."""
-    parts = {
-        kind: (f"encoder.{kind}.", f"adapter.{kind}.") + ("forecast_head.",) * (kind == "series") for kind in MEDIA
-    }
-    unused = [f"blocks.0.att.v{i}" for i in "012"] + [
-        part for kind in MEDIA if changes.get(f"{kind}_encoder") == "none" for part in parts[kind]
-    ]
+def same_name(name):
+    """(the name in the file, whether the matrix is transposed there) of a tensor of ours, in files with our names."""
+    return name, False
+
+
+def model_from_checkpoint(data, path, **changes):
+    """The model of a checkpoint's contents; sizes are read off the tensors, `changes` go into its config. What belongs
+    to an encoder that is changed to none is left out."""
+    parts = {kind: [f"encoder.{kind}.", f"adapter.{kind}."] for kind in MEDIA}
+    parts["series"].append("forecast_head.")
+    unused = [f"blocks.0.att.v{i}" for i in "012"]
+    for kind in MEDIA:
+        unused += parts[kind] if changes.get(f"{kind}_encoder") == "none" else []
     weights = {str(name): x for name, x in data["model"].items() if not str(name).startswith(tuple(unused))}
-    theirs = data.get("theirs", lambda name: (name, False))
+    original_name = data.get("original_name", same_name)
     rwkv = 6 if "blocks.0.att.time_maa_x" in weights else 5 if "blocks.0.att.time_mix_k" in weights else 7
     heads = "blocks.0.att.r_k" if rwkv == 7 else "blocks.0.att.time_faaaa"
     decay = {5: "time_decay", 6: "time_decay_w1", 7: "w1"}[rwkv]
+    wrong = f"{path} is not an RWKV-{rwkv} checkpoint: "
     for name, x in weights.items():
         if not torch.is_tensor(x) or not x.is_floating_point():
-            raise InputError(
-                f"{path} is not an RWKV-{rwkv} checkpoint: {theirs(name)[0]} is not a tensor of floating-point numbers"
-            )
+            raise InputError(f"{wrong}{original_name(name)[0]} is not a tensor of floating-point numbers")
     for name in ("emb.weight", heads, f"blocks.0.att.{decay}", "blocks.0.ffn.key.weight"):
         if name not in weights:
-            raise InputError(f"{path} is not an RWKV-{rwkv} checkpoint: it has no {theirs(name)[0]}")
+            raise InputError(f"{wrong}it has no {original_name(name)[0]}")
         if weights[name].dim() != 2:
-            raise InputError(f"{path} is not an RWKV-{rwkv} checkpoint: {theirs(name)[0]} is not a matrix")
+            raise InputError(f"{wrong}{original_name(name)[0]} is not a matrix")
+
+    def rank(name):
+        return weights[name].shape[1] if name in weights and weights[name].dim() > 1 else 0
+
     config = {k: v for k, v in data["config"].items() if k in Config.__dataclass_fields__} | changes
     V, config["n_embd"] = len(weights["emb.weight"]), weights[heads].numel()
     config["n_layer"] = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
     config["head_size"], config["rwkv"] = weights[heads].shape[1], rwkv
-    rank = lambda name: weights[name].shape[1] if name in weights and weights[name].dim() > 1 else 0
-    ranks = {name: rank(f"blocks.{min(1, config['n_layer'] - 1) if name == 'v' else 0}.att.{name}1") for name in "wavg"}
+    ranks = {name: rank(f"blocks.0.att.{name}1") for name in "wag"}
+    ranks["v"] = rank(f"blocks.{min(1, config['n_layer'] - 1)}.att.v1")  # layer 0 has none
     ranks |= {"maa": rank("blocks.0.att.time_maa_w2"), "decay": rank("blocks.0.att.time_decay_w1")}
     model = ModRWKV(Config(**config), V, ranks, weights["blocks.0.ffn.key.weight"].shape[0])
-    fresh = tuple(
-        part for both in parts.values() for part in both if not any(name.startswith(both) for name in weights)
-    )
-    new = [name for name in model.state_dict() if name.startswith(fresh)]  # a language model may be given eyes or ears
-    fit(model, weights, path, new, theirs)
+    fresh = [part for part in itertools.chain(*parts.values()) if not any(name.startswith(part) for name in weights)]
+    new = [name for name in model.state_dict() if name.startswith(tuple(fresh))]  # it may be given encoders
+    load_weights(model, weights, path, new, original_name)
     return model.float()
 
 
-def fit(model, weights, path, new=(), theirs=lambda name: (name, False)):
-    """Fills the model with weights {name: tensor}, all but the `new`; raises InputError, naming what is missing or too much as the file does.
-    What is on the device "meta" becomes the tensors themselves, whatever their dtype."""
-    own, squeezed = model.state_dict(), lambda x: [n for n in x.shape if n > 1]  # (1, 1, C) and (C,) are the same
-    shape = lambda name, x: tuple(x.shape)[:: -1 if theirs(name)[1] else 1]
-    wrong = [f"{theirs(name)[0]} is missing" for name in own if name not in weights and name not in new]
-    wrong += [f"{theirs(name)[0]} is not expected" for name in weights if name not in own]
-    misshapen = [name for name, x in weights.items() if name in own and squeezed(x) != squeezed(own[name])]
-    wrong += [
-        f"{theirs(name)[0]} has shape {shape(name, weights[name])}, not {shape(name, own[name])}" for name in misshapen
-    ]
+def load_weights(model, weights, path, new=(), original_name=same_name):
+    """Fills the model with weights {name: tensor}, all but the `new`; what is on the device "meta" becomes the tensors
+    themselves, whatever their dtype. Strict; errors use the file's own tensor names."""
+    own = model.state_dict()
+
+    def sizes(x):  # (1, 1, C) and (C,) are the same
+        return [n for n in x.shape if n > 1]
+
+    wrong = [f"{original_name(name)[0]} is missing" for name in own if name not in weights and name not in new]
+    wrong += [f"{original_name(name)[0]} is not expected" for name in weights if name not in own]
+    for name, x in weights.items():
+        if name in own and sizes(x) != sizes(own[name]):
+            original, transposed = original_name(name)
+            given, wanted = (tuple(y.mT.shape if transposed else y.shape) for y in (x, own[name]))
+            wrong.append(f"{original} has shape {given}, not {wanted}")
     if wrong:
-        raise InputError(
-            f"{path} does not fit: " + "; ".join(wrong[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")
-        )
+        more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
+        raise InputError(f"{path} does not fit: {'; '.join(wrong[:4])}{more}")
     weights = {name: x.reshape(own[name].shape).contiguous() for name, x in weights.items()}
     model.load_state_dict(weights, strict=not new, assign=any(x.is_meta for x in own.values()))
 
 
 def load(path, device="cpu", **changes):
-    """A model ready to answer, from a checkpoint of train.py (or its folder) or BlinkDL's .pth of RWKV-5.2, 6 or 7; data/released.py
-    reads others. Untrusted files are safe.
+    """A model ready to answer, from a checkpoint of train.py (or its folder) or BlinkDL's .pth of RWKV-5.2, 6 or 7;
+    data/released.py reads others. Untrusted files are safe.
 
     changes: settings of Config to override, e.g. image_encoder="none" for the language model alone.
     Raises InputError if the file cannot be read or does not fit, naming what is missing or too much.
     """
     data = own_checkpoint(read_file(path), path)
     if not data:
-        raise InputError(
-            f"{path} is neither a checkpoint of train.py nor BlinkDL's; data.released.load reads other released models"
-        )
-    return build(data, path, **changes).to(device).eval()
+        others = "data.released.load reads other released models"
+        raise InputError(f"{path} is neither a checkpoint of train.py nor BlinkDL's; {others}")
+    return model_from_checkpoint(data, path, **changes).to(device).eval()
 
 
 # ----------------------------------------------------------------------------------------------
@@ -1847,48 +1868,40 @@ def load(path, device="cpu", **changes):
 
 
 def check(device):
-    """Prints how far each way to compute the recurrence is from wkv7_loop in float64, and how fast each is: medians of interleaved runs."""
-    ways = {"wkv7_loop": wkv7_loop, "wkv7_chunked": wkv7_chunked}
+    """Prints how far each way to compute the recurrence is from wkv7_loop in float64, and how fast: medians of runs."""
+    methods = {"wkv7_loop": wkv7_loop, "wkv7_chunked": wkv7_chunked}
     if has_kernel(device.type):
-        ways["kernel.cu"] = wkv7
+        methods["kernel.cu"] = wkv7
     B, T, H, N = 4, 512, 4, 64
     r, w, k, v, a, b, dy = torch.randn(7, B, T, H, N, device=device)
     kk = F.normalize(a, dim=-1)
     inputs = [x.detach().requires_grad_() for x in (r, -0.6 * torch.sigmoid(w), 0.3 * k, v, -kk, kk * torch.sigmoid(b))]
-    exact, dy64 = [x.detach().to("cpu", torch.float64).requires_grad_() for x in inputs], dy.to("cpu", torch.float64)
+    exact = [x.detach().to("cpu", torch.float64).requires_grad_() for x in inputs]
     y64, _ = wkv7_loop(*exact)
-    gradients64 = torch.autograd.grad(y64, exact, dy64)
+    exact = y64, *torch.autograd.grad(y64, exact, dy.to("cpu", torch.float64))
 
     def now():
         if device.type != "cpu":
             getattr(torch, device.type).synchronize()
         return 1000 * time.perf_counter()
 
-    def deviation(x, true):
-        return ((x.cpu().double() - true).abs().max() / true.abs().max()).item()
-
-    times, deviations = {way: ([], []) for way in ways}, {}
-    for run, (way, recurrence) in itertools.product(range(12), ways.items()):
-        start = now()
-        y, _ = recurrence(*inputs)
-        middle = now()
-        gradients = torch.autograd.grad(y, inputs, dy)
-        end = now()
-        if run > 1:  # the first ones warm up
-            times[way][0].append(middle - start)
-            times[way][1].append(end - start)
-        deviations[way] = deviation(y, y64), max(map(deviation, gradients, gradients64))
+    times, outputs, loop = {name: [] for name in methods}, {}, 0
+    for _, (name, method) in itertools.product(range(12), methods.items()):
+        t0 = now()
+        y, _ = method(*inputs)
+        t1 = now()
+        outputs[name] = y, *torch.autograd.grad(y, inputs, dy)
+        times[name].append((t1 - t0, now() - t0))
     print(f"{torch.get_num_threads()} threads" if device.type == "cpu" else torch.cuda.get_device_name(device))
-    print(
-        f"{B} x {T} steps x {H} heads of {N}, float32; largest deviation from wkv7_loop in float64, relative to the largest value"
-    )
+    print(f"{B} x {T} steps x {H} heads of {N}, float32; largest deviation from float64, relative to the largest value")
     print(f"{'':14}{'deviation':>11}{'of gradients':>14}{'forward':>13}{'with backward':>17}{'speed':>10}")
-    for way, (forward, both) in times.items():
-        ms = statistics.median(both)
-        print(
-            f"{way:14}{deviations[way][0]:11.1e}{deviations[way][1]:14.1e}{statistics.median(forward):10.1f} ms{ms:14.1f} ms"
-            f"{statistics.median(times['wkv7_loop'][1]) / ms:8.1f} x"
-        )
+    for name in methods:
+        deviations = [((x.cpu() - e).abs().max() / e.abs().max()).item() for x, e in zip(outputs[name], exact)]
+        forward, both = (statistics.median(runs) for runs in zip(*times[name][2:]))  # the first ones warm up
+        if name == "wkv7_loop":
+            loop = both
+        print(f"{name:14}{deviations[0]:11.1e}{max(deviations[1:]):14.1e}", end="")
+        print(f"{forward:10.1f} ms{both:14.1f} ms{loop / both:8.1f} x")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from data.records import question, read_records
 from data.released import load, read_checkpoint
 from data.scores import ask, benchmark, draw_forecasts, report, score
 from data.text import generate_text, get_tokenizer
-from modrwkv import MEDIA, Config, InputError, build, check_settings, setting
+from modrwkv import MEDIA, Config, InputError, check_settings, model_from_checkpoint, setting
 
 
 @dataclass
@@ -194,7 +194,7 @@ def print_info(path, changes):
     """Prints what a checkpoint is; its pretrained encoders, which it does not hold, need not be here."""
     contents = read_checkpoint(path)
     encoders = {f"{kind}_encoder": kind for kind in MEDIA}
-    config = build(contents, path, **changes | dict.fromkeys(encoders, "none")).config
+    config = model_from_checkpoint(contents, path, **changes | dict.fromkeys(encoders, "none")).config
     for name in encoders:
         setattr(config, name, changes.get(name) or contents["config"].get(name, getattr(Config, name)))
     takes = ["text"] + [kind for name, kind in encoders.items() if getattr(config, name) != "none"]

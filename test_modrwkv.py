@@ -56,6 +56,7 @@ import sample
 import train
 from data import ablate
 from data import records as data_records
+from data import released as released_files
 from data import scores as data_scores
 from data.media import (
     LOADERS,
@@ -755,6 +756,25 @@ def test_kernel_writes_all_it_returns(monkeypatch, T):
         lambda self, *shape, **how: self.new_full(shape if len(shape) > 1 else shape[0], math.nan, **how),
     )
     assert all(map(torch.equal, run_wkv7(modrwkv.wkv7, inputs, torch.float32), want))
+
+
+@needs_compiler
+@pytest.mark.parametrize("rwkv", [5, 6, 7])
+def test_blocks_share_two_graphs(rwkv):
+    """torch.compile of each block, as train.py does it: one graph of the first block and one of the others, for all
+    lengths and without breaks, by torch's own count; the loss is that of a model that is not compiled."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    torch.manual_seed(0)
+    model = randomise(ModRWKV(Config(rwkv=rwkv, n_layer=4, n_embd=64, head_size=32, image_encoder="none")))
+    samples = [[text("a" * n), ("answer", [5, 6])] for n in (9, 17, 33)]
+    want = [model.loss([sample] * 2).item() for sample in samples]
+    for block in model.blocks:
+        block.compile(dynamic=True, backend="eager")
+    got = [model.loss([sample] * 2).item() for sample in samples]
+    assert counters["stats"]["unique_graphs"] <= 2 and not counters["graph_break"]
+    assert got == pytest.approx(want, rel=1e-5)
 
 
 @needs_compiler
@@ -2234,14 +2254,14 @@ def answer(model, segments, state=None, **how):
 def script(monkeypatch, tokens):
     """From now on the model gives these."""
     tokens = iter(tokens)
-    monkeypatch.setattr(modrwkv, "pick", lambda *a: torch.tensor(next(tokens)))
+    monkeypatch.setattr(modrwkv, "sample_token", lambda *a: torch.tensor(next(tokens)))
 
 
 @pytest.mark.parametrize("how", [{}, {"temperature": 3.0, "top_k": 1}, {"temperature": 3.0, "top_p": 1e-6}], ids=str)
 @torch.no_grad()
 def test_greedy_is_the_argmax_of_full_passes(model, how, monkeypatch):
-    picked, pick = [], modrwkv.pick
-    monkeypatch.setattr(modrwkv, "pick", lambda *a: picked.append(pick(*a)) or picked[-1])
+    picked, pick = [], modrwkv.sample_token
+    monkeypatch.setattr(modrwkv, "sample_token", lambda *a: picked.append(pick(*a)) or picked[-1])
     segments = [text("User: "), picture(3, 6), text("?\n\nAssistant:")]
     assert len(answer(model, segments, max_new_tokens=12, end=None, **how)[0]) == len(picked) == 12
     for i, token in enumerate(picked):
@@ -2331,7 +2351,7 @@ CHOICES += [
 def test_pick_has_the_right_distribution(how, want):
     how = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "generator": torch.Generator().manual_seed(0)} | how
     logits = torch.tensor(P, dtype=torch.float64).log().float() + 3
-    got = np.bincount([modrwkv.pick(logits, **how).item() for _ in range(1500)], minlength=len(P)) / 1500
+    got = np.bincount([modrwkv.sample_token(logits, **how).item() for _ in range(1500)], minlength=len(P)) / 1500
     assert (got[np.array(want) == 0] == 0).all()
     assert abs(got - want).max() < 0.05  # nearly four standard deviations
 
@@ -3584,7 +3604,7 @@ def test_folders_that_hold_no_encoder(folders, tmp_path):
         assert message.startswith(f"--{kind}_encoder={name}: ") and word in message and "dinov2" in message
     cut = Path(shutil.copytree(folders("clip"), tmp_path / "cut"))
     weights, preparation = cut / "model.safetensors", cut / "preprocessor_config.json"
-    whole, said = modrwkv.read_safetensors(str(weights)), json.loads(preparation.read_text())
+    whole, said = released_files.read_safetensors(str(weights)), json.loads(preparation.read_text())
     for change, word in (
         ({"size": None}, "no size"),
         ({"image_mean": None}, "no image_mean"),
@@ -3594,7 +3614,7 @@ def test_folders_that_hold_no_encoder(folders, tmp_path):
         message = refusal(modrwkv.read_pretrained, "image", str(cut))
         assert message.startswith(f"--image_encoder={cut}: ") and word in message
     preparation.write_text(json.dumps(said))
-    modrwkv.write(
+    released_files.write(
         str(weights), {name: x for name, x in whole.items() if "layers.1.mlp.fc1" not in name}
     )  # the library fills these with noise
     message = refusal(modrwkv.read_pretrained, "image", str(cut))
@@ -6031,7 +6051,7 @@ def test_questions_that_cannot_be_answered(small_chat, trained, monkeypatch):
     next(pieces)
     assert small_chat.state is state  # it was not given to its end
     del pieces
-    monkeypatch.setattr(modrwkv, "pick", Mock(side_effect=[torch.tensor(66), torch.tensor(67), MemoryError]))
+    monkeypatch.setattr(modrwkv, "sample_token", Mock(side_effect=[torch.tensor(66), torch.tensor(67), MemoryError]))
     with pytest.raises(MemoryError):
         small_chat.ask("What?")
     assert small_chat.state is state
@@ -6437,8 +6457,8 @@ def test_a_gpu_trains_resumes_and_answers_as_the_cpu_does(
     monkeypatch.chdir(senses)
     for name, value in dict(width=16, PATCH=4, LAYERS=2, HEADS=2, HIDDEN=24).items():
         monkeypatch.setattr(Timer, name, value)
-    modrwkv.write("timer.safetensors", randomise(Timer(Config()), 5).state_dict())
-    encoder = folders(encoder) if encoder in modrwkv.HUB else encoder
+    released_files.write("timer.safetensors", randomise(Timer(Config()), 5).state_dict())
+    encoder = folders(encoder) if encoder in modrwkv.FAMILIES else encoder
     flags = (*flags.split(), *([] if kind == "text" else [f"--{kind}_encoder={encoder}"]))
     want, printed = train_resume_and_ask("cpu", kind, tmp_path / "cpu", *flags)
     with pretend_gpu(device):

@@ -40,7 +40,7 @@ from data.records import (
     rough_length,
     sample_command,
 )
-from data.released import read_checkpoint
+from data.released import read_checkpoint, read_timer
 from data.scores import draw_curve, errors, report, score
 from modrwkv import (
     ENCODERS,
@@ -48,11 +48,10 @@ from modrwkv import (
     Config,
     InputError,
     ModRWKV,
-    build,
     freeze,
     has_kernel,
+    model_from_checkpoint,
     parameter_groups,
-    read_timer,
     setting,
     write,
 )
@@ -284,7 +283,7 @@ def start_model(s, config, given, records, ckpt):
         changes = names | {f"{kind}_encoder" for kind in set(MEDIA) - has}
         if not has:  # a language model alone is given encoders and adapters as a new model has them
             changes |= {f.name for f in fields(Config)} - LANGUAGE
-        model = build(ckpt, s.init_from, **{name: getattr(config, name) for name in changes})
+        model = model_from_checkpoint(ckpt, s.init_from, **{name: getattr(config, name) for name in changes})
         for name in names:
             if getattr(model.config, name) != getattr(config, name):
                 own = getattr(model.config, name)
@@ -315,7 +314,7 @@ def resumed_model(path, config, given, ckpt):
             moved[name] = new
         elif new != old[name]:
             raise InputError(f"{path} was trained with {name}={old[name]}: choose another --out_dir to change that")
-    return build(ckpt, path, **moved)
+    return model_from_checkpoint(ckpt, path, **moved)
 
 
 class Loss(torch.nn.Module):

@@ -12,8 +12,9 @@ import sys
 
 import torch
 
+import modrwkv
 from data.media import reading
-from modrwkv import MEDIA, InputError, build, own_checkpoint, read_file, read_safetensors, write
+from modrwkv import MEDIA, InputError, load_weights, model_from_checkpoint, own_checkpoint, read_file
 
 # The tables of released files: their names, our names, * the same in both, - left out; the first row that fits counts.
 FLA = """
@@ -89,6 +90,39 @@ def rename(name, table, back=False):
     return name, False
 
 
+def safetensors(path):
+    """The module that reads and writes .safetensors files such as path."""
+    try:
+        import safetensors.torch
+
+        return safetensors.torch
+    except ImportError as e:
+        raise InputError(f'{path} takes safetensors: pip install -e ".[pretrained]"') from e
+
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file."""
+    module = safetensors(path)
+    try:
+        return module.load_file(path)
+    except Exception as e:  # safetensors' own, and OSError
+        raise InputError(f"cannot read {path}: {e}") from e
+
+
+def write(path, contents):
+    """Writes tensors (and plain values) as torch does, or as safetensors (*.safetensors); see modrwkv.write."""
+    if not str(path).endswith(".safetensors"):
+        return modrwkv.write(path, contents)
+    module = safetensors(path)
+    tensors = {name: x.contiguous() for name, x in contents.items()}
+    modrwkv.write(path, tensors, lambda tensors, f: f.write(module.save(tensors, {"format": "pt"})))
+
+
+def read_timer(encoder, path):
+    """Fills a Timer with the published model.safetensors; raises InputError, naming what is missing or too much."""
+    load_weights(encoder, read_safetensors(path), path)
+
+
 def read_any_file(path):
     """What read_file reads, a .safetensors file, or a folder of model.safetensors, whole or in parts by its index."""
     if path.endswith(".safetensors"):
@@ -119,8 +153,8 @@ def read_checkpoint(path):
     """
     A checkpoint of ours, or a released one as if it were ours: {"model": {name: tensor}, "config": {name: value}, ...}.
 
-    A released one has "theirs": of a name of ours, (the name in the file, whether it is transposed there). Untrusted
-    files are safe. Raises InputError naming the file.
+    A released one has "original_name": of a name of ours, (the name in the file, whether it is transposed there).
+    Untrusted files are safe. Raises InputError naming the file.
     """
     path = str(path)
     data = read_any_file(path)
@@ -154,7 +188,7 @@ def read_checkpoint(path):
     def original_name(name):
         return originals.get(name) or rename(name, table, back=True)
 
-    return {"model": weights, "config": released_config(start, config, weights), "theirs": original_name}
+    return {"model": weights, "config": released_config(start, config, weights), "original_name": original_name}
 
 
 def size(weights, name, dim):
@@ -205,7 +239,7 @@ def load(path, device="cpu", **changes):
     template="v2", image_encoder="folder", or image_encoder="none" for the language model alone.
     Raises InputError if the file cannot be read or does not fit, naming what is missing or too much.
     """
-    return build(read_checkpoint(path), path, **changes).to(device).eval()
+    return model_from_checkpoint(read_checkpoint(path), path, **changes).to(device).eval()
 
 
 def convert(source, target):
@@ -219,7 +253,7 @@ def convert(source, target):
     if os.path.exists(file):
         raise InputError(f"{file} exists: choose another name")
     data = read_checkpoint(source)
-    model = build(data, source, **{f"{kind}_encoder": "none" for kind in MEDIA})
+    model = model_from_checkpoint(data, source, **{f"{kind}_encoder": "none" for kind in MEDIA})
     config, weights = model.config, {}
     for name, x in model.state_dict().items():
         weights[name] = data["model"][name].reshape(x.shape)
