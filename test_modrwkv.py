@@ -197,11 +197,15 @@ def jsonl(path, *records):
 # ---------------------------------------------------------------------------------------------- text: tokenizers, records, conversations
 
 
+def strings(*pieces):
+    """A strategy: any text, or a row of these pieces and short texts."""
+    return st.one_of(st.text(), st.lists(st.one_of(st.sampled_from(pieces), st.text(max_size=3))).map("".join))
+
+
 @trials(100)
-@given(
-    st.one_of(st.text(), st.lists(st.sampled_from(["\n", "User:", "Assistant:", "User", ":", "a", "é"])).map("".join))
-)
+@given(strings("\n", "User:", "Assistant:", "User", ":", "a", "é"))
 def test_bytes_tokenizer(string):
+    """Against a regular expression that finds the marks, and UTF-8 between them."""
     tokenizer, want = get_tokenizer("bytes"), []
     for piece in re.split("(\n\n|User:|Assistant:)", string):
         want += [i for i, mark in MARKS.items() if mark == piece.encode()] or codes(piece)
@@ -226,37 +230,38 @@ PIECES += ["🙂", "👨\u200d👩\u200d👧", "é", "e\u0301", "1234", "def f(x
 
 
 @trials(150)
-@given(st.one_of(st.text(), st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=3))).map("".join)))
-def test_world_tokenizer_is_the_official_one(official, string):
+@given(strings(*PIECES))
+def test_world_tokenizer(official, string):
+    """Against the tokenizer of the package `rwkv`."""
     ours = get_tokenizer(official[1])
     ids = ours.encode(string)
     assert ids == official[2].encode(string)
-    assert (
-        ours.decode([0, *ids, 65535]) == string.encode()
-    )  # neither the end nor what is above the vocabulary has a text
+    assert ours.decode([0, *ids, 65535]) == string.encode()  # neither the end nor an id above the vocabulary has a text
     assert (ours.end, ours.vocab_size) == (0, 65536)
 
 
 @pytest.mark.parametrize("line", ["", "5", "x 'b' 1", "2 'b' x", "2 b 1", "2 'b 1", "2 'bb' 1", "2 5 1", "2 'é' 1"])
 def test_broken_vocabulary(tmp_path, line):
+    """The error names the line; a byte without an entry is named when it occurs."""
     path = tmp_path / "vocab.txt"
     path.write_text(f"1 'a' 1\n{line}\n3 'c' 1\n", encoding="utf-8")
     assert f"{path}, line 2" in refusal(get_tokenizer, str(path))
     path.write_text("1 'a' 1\n")
-    assert "98" in refusal(get_tokenizer(str(path)).encode, "ab")  # a byte that it does not hold
+    assert "98" in refusal(get_tokenizer(str(path)).encode, "ab")
 
 
-def test_gpt2_tokenizer_or_a_clear_word():
+def test_gpt2_tokenizer():
+    """Against GPT-2's known ids; without a network an error that names a tokenizer that needs none."""
     try:
         tokenizer = get_tokenizer("gpt2")
-    except InputError as e:  # without a network
+    except InputError as e:
         assert "gpt2" in str(e) and "bytes" in str(e)
     else:
         assert tokenizer.encode("hello world") == [31373, 995] and tokenizer.decode([31373, 995]) == b"hello world"
         assert (tokenizer.end, tokenizer.vocab_size) == (50256, 50257)
 
 
-UNUSABLE = {  # reason: records
+BROKEN_RECORDS = {  # what the error says: records
     "JSON": ["{oops"],
     "object": ["[1, 2]", "3"],
     "conversations": [{}, {"conversations": []}, {"text": 5}],
@@ -267,109 +272,94 @@ UNUSABLE = {  # reason: records
     "human": [{"conversations": [{"from": "gpt", "value": "a"}]}],
     "gpt": [{"conversations": [{"from": "human", "value": "a"}] * 2}],
     "question": [talk("q"), talk("q", "a", "q")],
-    "audio": [talk("<audio>?", "a"), talk("?", "a", audio="x.wav"), talk("<audio>", "a", audio=5)],
-    "series": [
-        talk("<series>?", "a"),
-        talk("?", "a", series=[1.0, 2]),
-        talk("<series>", "a", series=[1, "x"]),
-        talk("<series>", "a", series=5),
-    ],
-    '"series"': [{"series": 5, "target": [1, 2]}, {"series": ["a", "b"], "target": [1, 2]}],
+    "audio": [talk("<audio>", "a", audio=x) for x in (None, 5)] + [talk("?", "a", audio="x.wav")],
+    "series": [talk("<series>", "a", series=x) for x in (None, 5, [1, "x"])] + [talk("?", "a", series=[1.0, 2])],
+    '"series"': [{"series": x, "target": [1, 2]} for x in (5, ["a", "b"])],
     "target": [{"target": x} for x in (5, [], [1], ["a", "b"], [1, None], [1, math.nan])],
-    "image": [talk("<image>?", "a", image=files) for files in (None, ["x.png", "y.png"], 5, [5], {"path": "x.png"})]
-    + [talk("?", "a", image="x.png"), talk("?", "a <image>", image="x.png")],
+    "image": [talk("<image>", "a", image=x) for x in (None, ["x.png", "y.png"], 5, [5], {"path": "x.png"})]
+    + [talk(question, answer, image="x.png") for question, answer in (("?", "a"), ("?", "a <image>"))],
 }
 
 
-@pytest.mark.parametrize(
-    "reason,record", [(reason, record) for reason, records in UNUSABLE.items() for record in records]
-)
-def test_records_that_cannot_be_used(tmp_path, reason, record):
+@pytest.mark.parametrize("reason,record", [(reason, x) for reason, records in BROKEN_RECORDS.items() for x in records])
+def test_broken_records(tmp_path, reason, record):
+    """The error names file, place and reason, in a list and in lines with an empty one."""
     good, bad = json.dumps(talk("q", "a")), record if isinstance(record, str) else json.dumps(record)
-    one, other = tmp_path / "x.json", tmp_path / "x.jsonl"
-    one.write_text(f"[{good}, {bad}]")
-    other.write_text(f"{good}\n\n{bad}\n")
-    for path, place in ((one, str(one) if reason == "JSON" else f"{one}, record 2"), (other, f"{other}, line 3")):
+    array, lines = tmp_path / "x.json", tmp_path / "x.jsonl"
+    array.write_text(f"[{good}, {bad}]")
+    lines.write_text(f"{good}\n\n{bad}\n")
+    for path, place in ((array, str(array) if reason == "JSON" else f"{array}, record 2"), (lines, f"{lines}, line 3")):
         message = refusal(read_records, path)
         assert place in message and reason in message
 
 
 def spell(segments):
-    """Segments as a string: what is learned in brackets, what is no text as <kind>."""
-    string = lambda ids: b"".join(MARKS.get(i, bytes([(i - 1) % 256])) for i in ids).decode()
-    signal = lambda kind: lambda data: f"<{data if isinstance(data, str) else kind}>"
-    forms = {"text": string, "answer": lambda ids: f"[{string(ids)}]", **{kind: signal(kind) for kind in modrwkv.MEDIA}}
-    return "".join(forms[kind](data) for kind, data in segments)
+    """Segments as a string: answers in brackets, media as <their data> if that is a string, else as <kind>."""
+    string = ""
+    for kind, data in segments:
+        if kind in modrwkv.MEDIA:
+            string += f"<{data if isinstance(data, str) else kind}>"
+        else:
+            words = b"".join(MARKS.get(i, bytes([(i - 1) % 256])) for i in data).decode()
+            string += f"[{words}]" if kind == "answer" else words
+    return string
 
 
 @pytest.mark.parametrize(
-    "template,want",
+    "template,want,written_down",
     [
-        ("world", "User: hi\n\nAssistant:[ hello\n\n]User: who?\n\nAssistant:[ me\n\n]"),
-        ("v1", "\x16User: hi\x17Assistant:[ hello\x17]User: who?\x17Assistant:[ me\x17]"),
-        ("v2", "\x16User: hi\x17\x16Assistant:[ hello\x17]\x16User: who?\x17\x16Assistant:[ me\x17]"),
-        ("v3", "\x16User:hi\x17\x16Assistant:[hello\x17]\x16User:who?\x17\x16Assistant:[me\x17]"),
+        ("world", "User: hi\n\nAssistant:[ hello\n\n]User: who?\n\nAssistant:[ me\n\n]", "Assistant:[ yes\n\n]"),
+        ("v1", "\x16User: hi\x17Assistant:[ hello\x17]User: who?\x17Assistant:[ me\x17]", "\x16Assistant:[ yes\x17]"),
+        (
+            "v2",
+            "\x16User: hi\x17\x16Assistant:[ hello\x17]\x16User: who?\x17\x16Assistant:[ me\x17]",
+            "\x16Assistant:[ yes\x17]",
+        ),
+        (
+            "v3",
+            "\x16User:hi\x17\x16Assistant:[hello\x17]\x16User:who?\x17\x16Assistant:[me\x17]",
+            "\x16Assistant:[yes\x17]",
+        ),
     ],
 )
-def test_templates(template, want):
+def test_templates(template, want, written_down):
+    """Against the turns spelled out; a transcription task, a sound and nothing asked, has no question."""
     config = dataclasses.replace(SMALL, template=template)
     assert spell(conversation(config, [("hi", "hello"), ("who?", "me")], iter(()))) == want
     later = conversation(config, [("who?", None)], iter(()), first=False)  # a chat that goes on
     assert spell(later) == want.split("]")[1].split("[")[0]
+    for style in PROMPT_STYLES:
+        config = dataclasses.replace(SMALL, template=template, prompt_style=style)
+        assert spell(conversation(config, [("<audio>\n", "yes")], iter([("audio", "A")]))) == "<A>" + written_down
+        assert "Why?" in spell(conversation(config, [("<audio>\nWhy?", "yes")], iter([("audio", "A")])))
 
 
-@pytest.mark.parametrize(
-    "template,want",
-    [
-        ("world", "<A>Assistant:[ yes\n\n]"),
-        ("v1", "<A>\x16Assistant:[ yes\x17]"),
-        ("v2", "<A>\x16Assistant:[ yes\x17]"),
-        ("v3", "<A>\x16Assistant:[yes\x17]"),
-    ],
-)
-@pytest.mark.parametrize("style", PROMPT_STYLES)
-def test_what_is_to_be_written_down_has_no_question(template, want, style):
-    config = dataclasses.replace(SMALL, template=template, prompt_style=style)
-    assert spell(conversation(config, [("<audio>\n", "yes")], iter([("audio", "A")]))) == want
-    assert "Why?" in spell(conversation(config, [("<audio>\nWhy?", "yes")], iter([("audio", "A")])))
-
-
-def test_pictures_spaces_and_the_end_in_a_conversation(official):
-    turns = [
-        ("<image>\nWhat is this?", "A cat."),
-        ("And <image><image>\n\n \nits colour?  ", " black\n\n\nand white\n"),
-    ]
-    want = "User: <A>\nWhat is this?\n\nAssistant:[ A cat.\n\n]User: And <B><C>\nits colour?\n\nAssistant:[ black\nand white\n\n]"
+def test_whitespace_and_media_in_a_conversation(official):
+    """Against the turns spelled out, and the end's own token in a tokenizer that has one of "。\\n" (28329)."""
+    turns = [("<image>\nWhat is this?", "A cat.")]
+    turns += [("And <image><image>\n\n \nits colour?  ", " black\n\n\nand white\n")]
+    want = "User: <A>\nWhat is this?\n\nAssistant:[ A cat.\n\n]"
+    want += "User: And <B><C>\nits colour?\n\nAssistant:[ black\nand white\n\n]"
     assert spell(conversation(SMALL, turns, iter([("image", name) for name in "ABC"]))) == want
-    config = dataclasses.replace(SMALL, tokenizer=official[1])  # by itself, this tokenizer makes 28329 of "。\n"
-    assert (
-        conversation(config, [("q", "好。")], iter(()))[-1][1][-1] == 261
-    )  # but the end is always the token it is when answering
+    config = dataclasses.replace(SMALL, tokenizer=official[1])
+    assert conversation(config, [("q", "好。")], iter(()))[-1][1][-1] == 261
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
-@pytest.mark.parametrize(
-    "message",
-    ["a\n\nb", "a\n \t\n\n b", "a\r\n\r\nb", "a\x17b", "\x16a\x17", "a\n\x16\nb", "a\n\x17", "{}", "a\n\x17\n\x16\nb"],
-)
+@pytest.mark.parametrize("message", ["a\n\nb", "a\n \t\n\n b", "a\r\n\r\nb", "\x16a\x17b", "a\n\x17\n\x16\nb", "{}"])
 def test_no_message_ends_its_turn(template, message):
+    """The end of a turn occurs once, at its end."""
     config, end = dataclasses.replace(SMALL, template=template), TEMPLATES[template].end
     question, answer = map(spell, zip(conversation(config, [(message, message)], iter(()))))
     assert question.count(end) == answer.count(end) == 1 and answer.endswith(f"{end}]")
 
 
 def test_records_as_llava_writes_them(tmp_path, model):
-    """A list in .json, or a record a line; paths are relative to the file, and a record can be read again and again."""
+    """Against the pictures read by themselves; paths are relative to the file, and a record can be read again."""
     (tmp_path / "sub").mkdir()
-    files = ["sub/x.png", "sub/y.png"]
-    x, y = (
-        load_media(model.encoder["image"], stored(drawing(at=(10 + 20 * i, 8)), tmp_path / file))
-        for i, file in enumerate(files)
-    )
-    records = [
-        talk("<image>\nWhat?", "A thing.", id="1", image=files[0]),
-        talk("<image> and <image>", "two", image=files),
-    ]
+    files, encoder = ["sub/x.png", "sub/y.png"], model.encoder["image"]
+    x, y = (load_media(encoder, stored(drawing(at=(at, 8)), tmp_path / file)) for at, file in zip((10, 30), files))
+    records = [talk("<image>\nWhat?", "A thing.", image=files[0]), talk("<image> and <image>", "two", image=files)]
     records += [talk("hi", "hello", id="2"), {"text": "ab\n\nc"}, {"text": "d", "conversations": None}]
     (tmp_path / "x.json").write_text(json.dumps(records))
     for path in (tmp_path / "x.json", jsonl(tmp_path / "x.jsonl", *records)):
@@ -377,22 +367,20 @@ def test_records_as_llava_writes_them(tmp_path, model):
         assert record_media(one) == [("image", str(tmp_path / "sub/x.png"))] and record_media(none) == []
         assert spell(record_sample(model, one)) == "User: <image>\nWhat?\n\nAssistant:[ A thing.\n\n]"
         for _epoch in range(2):
-            pictures = [data for kind, data in record_sample(model, two) if kind == "image"]
-            assert len(pictures) == 2 and torch.equal(pictures[0], x) and torch.equal(pictures[1], y)
-        assert record_sample(model, text) == [("answer", [98, 99, 257, 100, 0])]  # all of it learned, id 0 ends it
+            first, second = (data for kind, data in record_sample(model, two) if kind == "image")
+            assert torch.equal(first, x) and torch.equal(second, y)
+        assert record_sample(model, text) == [("answer", [98, 99, 257, 100, 0])]  # id 0 ends a document
         assert record_sample(model, more) == [("answer", [101, 0])]
 
 
-def test_question_puts_pictures_first(tmp_path, model):
+def test_question_puts_media_first(tmp_path, model):
+    """Against the prompt spelled out; media without an encoder, or fewer than the prompt has, are errors."""
     path = stored(drawing(), tmp_path / "x.png")
     segments = data_records.question(model, "What?", [("image", path)])
-    assert spell(segments) == "User: <image>\nWhat?\n\nAssistant:" and torch.equal(
-        segments[1][1], load_media(model.encoder["image"], path)
-    )
-    assert (
-        spell(data_records.question(model, "What <image>?", [("image", path)] * 2))
-        == "User: <image>\nWhat <image>?\n\nAssistant:"
-    )
+    assert spell(segments) == "User: <image>\nWhat?\n\nAssistant:"
+    assert torch.equal(segments[1][1], load_media(model.encoder["image"], path))
+    both = data_records.question(model, "What <image>?", [("image", path)] * 2)
+    assert spell(both) == "User: <image>\nWhat <image>?\n\nAssistant:"
     assert "<image>" in refusal(data_records.question, model, "<image>", [])
     blind = ModRWKV(dataclasses.replace(SMALL, image_encoder="none"))
     assert "image encoder" in refusal(data_records.question, blind, "What?", [("image", path)])
@@ -949,29 +937,65 @@ def test_cuda_compiles_without_spills(arch, tmp_path):
 # ---------------------------------------------------------------------------------------------- blocks, as the official code has them
 
 
-def official_weights(n_layer, C, V=300, N=64, ranks=(32, 32, 32, 32), seed=0):
+def official_weights(n_layer, C, V=300, N=64, ranks=(32, 32, 32, 32), seed=0, rwkv=7):
     """A checkpoint as BlinkDL's files are, every tensor random and non-zero, the logits of order 2."""
     g = torch.Generator().manual_seed(seed)
-    normal = lambda *shape: torch.randn(*shape, generator=g)
-    uniform = lambda low, high: low + (high - low) * torch.rand(1, 1, C, generator=g)
-    norm = lambda name: {f"{name}.weight": 1 + 0.2 * normal(C), f"{name}.bias": 0.2 * normal(C)}
-    z = {"emb.weight": normal(V, C), "head.weight": 2 * normal(V, C) / C**0.5, **norm("ln_out"), **norm("blocks.0.ln0")}
+    normal = functools.partial(torch.randn, generator=g)
+
+    def uniform(low, high, *shape):
+        return low + (high - low) * torch.rand(*(shape or (1, 1, C)), generator=g)
+
+    def matrix(rows, columns):
+        return normal(rows, columns) / columns**0.5
+
+    def norm(name):
+        return {f"{name}.weight": 1 + 0.2 * normal(C), f"{name}.bias": 0.2 * normal(C)}
+
+    hidden = 4 * C if rwkv == 7 else int(3.5 * C) // 32 * 32
+    z = {"emb.weight": normal(V, C), "head.weight": 2 * matrix(V, C), **norm("ln_out"), **norm("blocks.0.ln0")}
     for i in range(n_layer):
-        z |= norm(f"blocks.{i}.ln1") | norm(f"blocks.{i}.ln2") | norm(f"blocks.{i}.att.ln_x")
         att, ffn = f"blocks.{i}.att.", f"blocks.{i}.ffn."
-        z |= {att + f"x_{s}": uniform(0, 1) for s in "rwkvag"} | {ffn + "x_k": uniform(0, 1)}
-        z |= {att + "w0": uniform(-6, 2), att + "a0": uniform(-1, 1), att + "v0": uniform(-1, 1)}
-        for s, rank in zip("wavg", ranks):
-            z |= {att + f"{s}1": normal(C, rank) / C**0.5, att + f"{s}2": normal(rank, C) / rank**0.5}
-        z |= {att + "k_k": uniform(0.5, 1), att + "k_a": uniform(0.8, 1.2), att + "r_k": 0.3 * normal(C // N, N)}
-        z |= {att + f"{s}.weight": normal(C, C) / C**0.5 for s in ("receptance", "key", "value", "output")}
-        z |= {ffn + "key.weight": normal(4 * C, C) / C**0.5, ffn + "value.weight": normal(C, 4 * C) / (4 * C) ** 0.5}
+        z |= norm(f"blocks.{i}.ln1") | norm(f"blocks.{i}.ln2") | norm(att + "ln_x")
+        z |= {att + f"{s}.weight": matrix(C, C) for s in ("receptance", "key", "value", "output")}
+        z |= {ffn + "key.weight": matrix(hidden, C), ffn + "value.weight": matrix(C, hidden)}
+        if rwkv == 7:
+            z |= {att + f"x_{s}": uniform(0, 1) for s in "rwkvag"} | {ffn + "x_k": uniform(0, 1)}
+            z |= {att + "w0": uniform(-6, 2), att + "a0": uniform(-1, 1), att + "v0": uniform(-1, 1)}
+            for s, rank in zip("wavg", ranks):
+                z |= {att + f"{s}1": normal(C, rank) / C**0.5, att + f"{s}2": normal(rank, C) / rank**0.5}
+            z |= {att + "k_k": uniform(0.5, 1), att + "k_a": uniform(0.8, 1.2), att + "r_k": 0.3 * normal(C // N, N)}
+            continue
+        mix, names = ("mix", "kvrg") if rwkv == 5 else ("maa", "xwkvrg")
+        z |= {att + f"time_{mix}_{s}": uniform(0, 1) for s in names}
+        z |= {ffn + f"time_{mix}_{s}": uniform(0, 1) for s in "kr"} | {ffn + "receptance.weight": matrix(C, C)}
+        z |= {att + "gate.weight": matrix(C, C), att + "time_faaaa": normal(C // N, N)}
+        z |= {att + "time_decay": uniform(-6, 3, C // N, N) if rwkv == 5 else uniform(-6, 3)}
+        if rwkv == 6:
+            z |= {att + "time_decay_w1": matrix(C, 24), att + "time_decay_w2": normal(24, C) / 5}
+            z |= {att + "time_maa_w1": normal(C, 5 * 16) / C**0.5, att + "time_maa_w2": normal(5, 16, C) / 8}
     assert all(x.std() > 0.02 for x in z.values())
     return z
 
 
+def weights_of(rwkv, n_layer, C):
+    return official_weights(n_layer, C, rwkv=rwkv)
+
+
+@pytest.fixture(scope="session")
+def official_before_7():
+    """The class of the package `rwkv` for the generations before 7: a flag read at import decides which it is."""
+    before, os.environ["RWKV_V7_ON"] = os.environ.get("RWKV_V7_ON"), "0"
+    os.environ.update(RWKV_JIT_ON="0", RWKV_CUDA_ON="0")
+    spec = importlib.util.find_spec("rwkv.model")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if before is not None:
+        os.environ["RWKV_V7_ON"] = before
+    return lambda path: module.RWKV(path, "cpu fp32", verbose=False)
+
+
 def assert_logits_agree(ours, theirs, tokens):
-    """Whole and token by token; returns our states after both, and theirs."""
+    """In one pass and token by token; returns our states after both, and theirs."""
     exact, exact_state = theirs.forward(tokens.tolist(), None, full_output=True)
     assert 1 < exact.std() < 5  # there is something to compare
     logits, state = ours(tokens[None])
@@ -988,20 +1012,17 @@ def assert_logits_agree(ours, theirs, tokens):
     return state, step_state, exact_state
 
 
-@pytest.mark.parametrize(
-    "n_layer,C,N,ranks",
-    [
-        (1, 64, 64, (32, 32, 32, 32)),
-        (2, 128, 64, (64, 32, 16, 96)),
-        (3, 192, 64, (32, 48, 24, 64)),
-        (3, 128, 32, (8, 16, 64, 40)),
-    ],
-)
+RANKS = {(1, 64, 64): (32, 32, 32, 32), (2, 128, 64): (64, 32, 16, 96), (3, 192, 64): (32, 48, 24, 64)}
+RANKS[3, 128, 32] = (8, 16, 64, 40)
+
+
+@pytest.mark.parametrize("n_layer,C,N", RANKS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # released files are in bfloat16
 @torch.no_grad()
-def test_logits_are_those_of_the_official_package(official, tmp_path, n_layer, C, N, ranks, dtype):
-    weights = {name: x.to(dtype) for name, x in official_weights(n_layer, C, N=N, ranks=ranks, seed=n_layer).items()}
-    torch.save(weights, tmp_path / "x.pth")
+def test_logits_and_states_of_rwkv7(official, tmp_path, n_layer, C, N, dtype):
+    """Against the package `rwkv`."""
+    weights = official_weights(n_layer, C, N=N, ranks=RANKS[n_layer, C, N], seed=n_layer)
+    torch.save({name: x.to(dtype) for name, x in weights.items()}, tmp_path / "x.pth")
     theirs, ours = official[0](str(tmp_path / "x"), "cpu fp32"), load(tmp_path / "x.pth")
     tokens = torch.randint(300, (60,), generator=torch.Generator().manual_seed(7))
     *states, exact_state = assert_logits_agree(ours, theirs, tokens)
@@ -1010,83 +1031,36 @@ def test_logits_are_those_of_the_official_package(official, tmp_path, n_layer, C
             assert distance(x[0], want) < 1e-5
 
 
-def weights_of(rwkv, n_layer, C, V=300, N=64, seed=0):
-    """An official checkpoint of RWKV-5.2 or RWKV-6, every tensor random, some decays near 0, the logits of order 2."""
-    g = torch.Generator().manual_seed(seed)
-    normal = lambda *shape: torch.randn(*shape, generator=g)
-    uniform = lambda low, high, *shape: low + (high - low) * torch.rand(*(shape or (1, 1, C)), generator=g)
-    matrix = lambda rows, columns: normal(rows, columns) / columns**0.5
-    norm = lambda name: {f"{name}.weight": 1 + 0.2 * normal(C), f"{name}.bias": 0.2 * normal(C)}
-    F_ = int(3.5 * C) // 32 * 32
-    z = {"emb.weight": normal(V, C), "head.weight": 2 * matrix(V, C), **norm("ln_out"), **norm("blocks.0.ln0")}
-    shift = "mix" if rwkv == 5 else "maa"
-    for i in range(n_layer):
-        att, ffn = f"blocks.{i}.att.", f"blocks.{i}.ffn."
-        z |= norm(f"blocks.{i}.ln1") | norm(f"blocks.{i}.ln2") | norm(att + "ln_x")
-        z |= {att + f"time_{shift}_{s}": uniform(0, 1) for s in ("kvrg" if rwkv == 5 else "xwkvrg")}
-        z |= {ffn + f"time_{shift}_{s}": uniform(0, 1) for s in "kr"}
-        z |= {att + "time_faaaa": normal(C // N, N)}
-        if rwkv == 5:
-            z |= {att + "time_decay": uniform(-6, 3, C // N, N)}
-        else:
-            z |= {
-                att + "time_decay": uniform(-6, 3),
-                att + "time_decay_w1": matrix(C, 24),
-                att + "time_decay_w2": normal(24, C) / 5,
-            }
-            z |= {att + "time_maa_w1": normal(C, 5 * 16) / C**0.5, att + "time_maa_w2": normal(5, 16, C) / 8}
-        z |= {att + f"{s}.weight": matrix(C, C) for s in ("receptance", "key", "value", "gate", "output")}
-        z |= {
-            ffn + "key.weight": matrix(F_, C),
-            ffn + "value.weight": matrix(C, F_),
-            ffn + "receptance.weight": matrix(C, C),
-        }
-    return z
-
-
-@pytest.fixture(scope="session")
-def official_before_7():
-    """The class of the package `rwkv` for the generations before 7: a flag read at import decides which it is."""
-    before, os.environ["RWKV_V7_ON"] = os.environ.get("RWKV_V7_ON"), "0"
-    os.environ.update(RWKV_JIT_ON="0", RWKV_CUDA_ON="0")
-    spec = importlib.util.find_spec("rwkv.model")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if before is not None:
-        os.environ["RWKV_V7_ON"] = before
-    return lambda path: module.RWKV(path, "cpu fp32", verbose=False)
-
-
 @pytest.mark.parametrize("rwkv", [5, 6])
 @pytest.mark.parametrize("n_layer,C", [(1, 64), (3, 128)])
 @torch.no_grad()
-def test_logits_of_earlier_generations_are_the_official_ones(official_before_7, tmp_path, rwkv, n_layer, C):
+def test_logits_of_rwkv5_and_6(official_before_7, tmp_path, rwkv, n_layer, C):
+    """Against the package `rwkv`."""
     torch.save(weights_of(rwkv, n_layer, C), tmp_path / "x.pth")
     theirs, ours = official_before_7(str(tmp_path / "x")), load(tmp_path / "x.pth")
     assert ours.config.rwkv == rwkv
     assert_logits_agree(ours, theirs, torch.randint(300, (40,), generator=torch.Generator().manual_seed(7)))
 
 
-def test_official_checkpoint_is_found_out_from_its_tensors(tmp_path):
+def test_sizes_are_read_off_an_official_checkpoint(tmp_path):
+    """Config and tensors against those written, also where vectors are flat, as some converters leave them."""
     weights = official_weights(3, 128, N=32, ranks=(8, 16, 24, 40))
     torch.save(weights, tmp_path / "x.pth")
     ours = load(tmp_path / "x.pth", tokenizer="bytes", template="v2")
-    assert ours.config == Config(
-        n_layer=3, n_embd=128, head_size=32, tokenizer="bytes", template="v2", image_encoder="none"
-    )
-    own = ours.state_dict()
+    sizes = dict(n_layer=3, n_embd=128, head_size=32)
+    assert ours.config == Config(**sizes, tokenizer="bytes", template="v2", image_encoder="none")
     unused = {f"blocks.0.att.v{i}" for i in "012"}
-    assert set(own) == set(weights) - unused
-    assert all(torch.equal(x, weights[name]) for name, x in own.items())
-    flat = {
-        name: x.flatten() if x.dim() == 3 else x for name, x in weights.items() if name not in unused
-    }  # as some converters do
+    assert set(ours.state_dict()) == set(weights) - unused
+    flat = {name: x.flatten() if x.dim() == 3 else x for name, x in weights.items() if name not in unused}
     torch.save(flat, tmp_path / "flat.pth")
-    seeing = load(tmp_path / "flat.pth", image_encoder="patch", tokenizer="bytes")  # a language model may be given eyes
-    assert "image" in seeing.encoder and all(torch.equal(seeing.state_dict()[name], x) for name, x in own.items())
+    seeing = load(tmp_path / "flat.pth", image_encoder="patch", tokenizer="bytes")  # an encoder may be added
+    assert "image" in seeing.encoder
+    for name, x in ours.state_dict().items():
+        assert torch.equal(x, weights[name]) and torch.equal(x, seeing.state_dict()[name])
 
 
 def test_initial_values():
+    """Against the formulas of the official training code, in numpy."""
     torch.manual_seed(0)
     L, C, N = 3, 128, 64
     z = {name: x.double().numpy() for name, x in ModRWKV(Config(n_layer=L, n_embd=C, head_size=N)).state_dict().items()}
@@ -1094,28 +1068,21 @@ def test_initial_values():
     q, lin, zz = i / C, i / (C - 1) - 0.5, (i % N - (N - 1) / 2) / ((N - 1) / 2)
     zigzag = zz * abs(zz)
     want, gains = {"ln_out.weight": 1, "ln_out.bias": 0}, {"head.weight": 0.5 * math.sqrt(len(z["emb.weight"]) / C)}
-    for ell in range(L):
-        block, rho0, rho1 = f"blocks.{ell}.", ell / (L - 1), 1 - ell / L
-        want |= {
-            f"{block}att.x_{s}": 1 - q ** (p * rho1) for s, p in dict(r=0.2, g=0.2, w=0.9, a=0.9, k=0.7, v=0.7).items()
-        }
-        want[f"{block}att.w0"] = -6 + 6 * (i / (C - 1)) ** (1 + rho0**0.3) + 0.5 + 2.5 * zigzag
-        want[f"{block}att.a0"] = -0.19 + 0.3 * zigzag + 0.4 * lin
-        want |= {f"{block}att.k_k": 0.71 - 0.1 * lin, f"{block}att.k_a": 1.02, f"{block}att.r_k": -0.04}
-        want[f"{block}ffn.x_k"] = 1 - q ** (rho1**4)
-        want |= {f"{block}att.v0": 0.73 - 0.4 * lin} if ell else {}
-        want |= {
-            f"{block}att.ln_x.weight": ((ell + 1) / L) ** 0.7,
-            f"{block}att.ln_x.bias": 0,
-            f"{block}ffn.value.weight": 0,
-        }
-        for norm in ("ln1", "ln2") + ("ln0",) * (ell == 0):
+    for layer in range(L):
+        block, att, rho0, rho1 = f"blocks.{layer}.", f"blocks.{layer}.att.", layer / (L - 1), 1 - layer / L
+        powers = dict(r=0.2, g=0.2, w=0.9, a=0.9, k=0.7, v=0.7)
+        want |= {f"{att}x_{s}": 1 - q ** (p * rho1) for s, p in powers.items()}
+        want[f"{att}w0"] = -6 + 6 * (i / (C - 1)) ** (1 + rho0**0.3) + 0.5 + 2.5 * zigzag
+        want[f"{att}a0"] = -0.19 + 0.3 * zigzag + 0.4 * lin
+        want |= {f"{att}k_k": 0.71 - 0.1 * lin, f"{att}k_a": 1.02, f"{att}r_k": -0.04}
+        want |= {f"{att}v0": 0.73 - 0.4 * lin} if layer else {}
+        want |= {f"{att}ln_x.weight": ((layer + 1) / L) ** 0.7, f"{att}ln_x.bias": 0}
+        want |= {f"{block}ffn.x_k": 1 - q ** (rho1**4), f"{block}ffn.value.weight": 0}
+        for norm in ("ln1", "ln2") if layer else ("ln0", "ln1", "ln2"):
             want |= {f"{block}{norm}.weight": 1, f"{block}{norm}.bias": 0}
-        for s in "wag" + "v" * (ell > 0):
-            want[f"{block}att.{s}1"], gains[f"{block}att.{s}2"] = 0, 0.1
-        gains |= {
-            f"{block}att.{name}.weight": gain for name, gain in dict(receptance=1, key=0.1, value=1, output=0).items()
-        }
+        for s in "wavg" if layer else "wag":
+            want[f"{att}{s}1"], gains[f"{att}{s}2"] = 0, 0.1
+        gains |= {f"{att}{s}.weight": gain for s, gain in dict(receptance=1, key=0.1, value=1, output=0).items()}
         gains[f"{block}ffn.key.weight"] = 1
     for name, x in want.items():
         assert np.allclose(z[name].squeeze(), x, rtol=0, atol=2e-6), name
@@ -1126,54 +1093,44 @@ def test_initial_values():
     assert {"emb.weight", *want, *gains} == {name for name in z if not name.startswith(("encoder.", "adapter."))}
 
 
-def test_initial_values_at_the_edges():
+def test_initial_values_of_one_narrow_layer():
+    """Finite where depth is 0 of 0; the gains of orthogonal matrices where V < C and rank > C."""
     torch.manual_seed(0)
     narrow = ModRWKV(Config(n_layer=1, n_embd=16, head_size=16, image_encoder="none"), vocab_size=8)
-    assert all(x.isfinite().all() for x in narrow.state_dict().values())  # one layer: its depth is 0 of 0
+    assert all(x.isfinite().all() for x in narrow.state_dict().values())
     head, w2 = narrow.head.weight.double(), narrow.blocks[0].att.w2.double()
-    assert torch.allclose(head @ head.T, 0.5**2 * torch.eye(8).double(), atol=1e-6)  # V < C
-    assert w2.shape == (32, 16) and torch.allclose(
-        w2.T @ w2, 0.1**2 * 2 * torch.eye(16).double(), atol=1e-6
-    )  # rank > C
+    assert torch.allclose(head @ head.T, 0.5**2 * torch.eye(8).double(), atol=1e-6)
+    assert w2.shape == (32, 16) and torch.allclose(w2.T @ w2, 0.1**2 * 2 * torch.eye(16).double(), atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "C,ranks",
-    [
-        (128, (32, 32, 32, 64)),
-        (768, (64, 64, 32, 128)),
-        (1024, (64, 64, 64, 160)),
-        (2048, (128, 128, 64, 224)),
-    ],
-)
-def test_ranks_are_the_official_ones(C, ranks):
-    with torch.device("meta"):
-        att = modrwkv.TimeMix7(2, C, 64, layer=1)
-    for s, rank in zip("wavg", ranks):
-        assert att.get_parameter(f"{s}1").shape == (C, rank) and att.get_parameter(f"{s}2").shape == (rank, C)
+def test_lora_ranks():
+    """Against the ranks of w, a, v, g in the released models."""
+    official_ranks = {128: (32, 32, 32, 64), 768: (64, 64, 32, 128), 1024: (64, 64, 64, 160), 2048: (128, 128, 64, 224)}
+    for C, ranks in official_ranks.items():
+        with torch.device("meta"):
+            att = modrwkv.TimeMix7(2, C, 64, layer=1)
+        for s, rank in zip("wavg", ranks):
+            assert att.get_parameter(f"{s}1").shape == (C, rank) and att.get_parameter(f"{s}2").shape == (rank, C)
 
 
 def test_optimizer_groups():
+    """Against the names that the official training code decays, and those of a doubled learning rate."""
     model = ModRWKV(Config(n_layer=2, n_embd=128))
     names = {id(p): name for name, p in model.named_parameters()}
     groups = modrwkv.parameter_groups(model, 0.1)
     found = [[names[id(p)] for p in group["params"]] for group in groups]
     layers = ["att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value"]
-    decayed = {"emb.weight", "head.weight"} | {f"blocks.{i}.{s}.weight" for i in (0, 1) for s in layers}
-    decayed |= {f"encoder.image.{name}.weight" for name in ("conv1", "conv2", "proj")}
-    decayed |= {"adapter.image.conv.weight", "adapter.image.mlp.0.weight", "adapter.image.mlp.2.weight"}
-    assert set(found[0]) == decayed
-    assert set(found[1]) == {"blocks.0.att.w0", "blocks.1.att.w0"}
+    outside = {f"{name}.weight" for name in ("emb", "head", "adapter.image.conv")}
+    outside |= {f"encoder.image.{name}.weight" for name in ("conv1", "conv2", "proj")}
+    matrices = {f"blocks.{i}.{s}.weight" for i in (0, 1) for s in layers}
+    matrices |= {"adapter.image.mlp.0.weight", "adapter.image.mlp.2.weight"}
+    assert set(found[0]) == outside | matrices and set(found[1]) == {"blocks.0.att.w0", "blocks.1.att.w0"}
     assert sorted(sum(found, [])) == sorted(names.values())  # none lost, none twice
-    assert [g["weight_decay"] for g in groups] == [0.1, 0.0, 0.0]
-    assert [g["lr_scale"] for g in groups] == [1.0, 2.0, 1.0]
+    assert [(g["weight_decay"], g["lr_scale"]) for g in groups] == [(0.1, 1.0), (0.0, 2.0), (0.0, 1.0)]
     assert [g["lr_scale"] for g in modrwkv.parameter_groups(model, 0.1, 1.0)] == [1.0, 1.0, 1.0]
     groups = modrwkv.parameter_groups(model, 0.1, muon=True)
-    outside, *unchanged, inside = [{names[id(p)] for p in group["params"]} for group in groups]
-    assert outside == {
-        name for name in decayed if name.startswith(("emb", "head", "encoder")) or ".conv." in name
-    }  # its encoder has no matrices
-    assert inside == decayed - outside and unchanged == [set(found[1]), set(found[2])]
+    with_muon = [{names[id(p)] for p in group["params"]} for group in groups]
+    assert with_muon == [outside, set(found[1]), set(found[2]), matrices]
     assert [(g["weight_decay"], g["lr_scale"]) for g in groups] == [(0.1, 1.0), (0.0, 2.0), (0.0, 1.0), (0.1, 1.0)]
 
 
