@@ -1151,24 +1151,26 @@ def drawing(size=(60, 40), at=(10, 8), mode="RGB"):
 
 @pytest.mark.parametrize("trim", [True, False])
 @pytest.mark.parametrize("mode", ["P", "L", "1", "LA", "RGBA", "I;16", "CMYK"])
-def test_every_kind_of_picture_is_read_as_its_rgb(tmp_path, mode, trim):
+def test_picture_of_any_mode(tmp_path, mode, trim):
+    """Against PIL's conversion to RGB; of 16 bits a pixel, x * 257 is x in 8."""
     encoder = PatchEncoder(Config(image_trim=trim))
     image = drawing(mode="L" if mode == "I;16" else mode)
     want = load_media(encoder, image.convert("RGB"))
     if mode == "I;16":
-        image = Image.fromarray(np.array(image).astype(np.uint16) * 257)  # 257 * x is x in 16 bits
+        image = Image.fromarray(np.array(image).astype(np.uint16) * 257)
     how = {"format": "JPEG", "quality": 95, "subsampling": 0} if mode == "CMYK" else {"format": "PNG"}
     got = load_media(encoder, stored(image, tmp_path / "x", **how))
     assert image.mode == mode and got.dtype == torch.uint8 and got.shape == want.shape
     assert (got.int() - want.int()).abs().float().mean() <= (4 if mode == "CMYK" else 0)  # what JPEG loses
-    assert got.float().std() > 20  # the figure is there
+    assert got.float().std() > 20
 
 
-def test_what_is_transparent_lies_on_white(tmp_path):
+def test_transparent_pixels_are_white(tmp_path):
+    """Against alpha blending in numpy, which PIL rounds in its own way, and of a palette its transparent colour."""
     rgba = pixels(0, 32, 64, 4)
     alpha = rgba[..., 3:] / 255
     got = load_media(WHOLE, stored(Image.fromarray(rgba, "RGBA"), tmp_path / "x.png")).permute(1, 2, 0).numpy()
-    assert abs(got - (rgba[..., :3] * alpha + 255 * (1 - alpha))).max() <= 1  # PIL rounds its own way
+    assert abs(got - (rgba[..., :3] * alpha + 255 * (1 - alpha))).max() <= 1
     palette = Image.new("P", (32, 32), 0)
     palette.putpalette([0, 0, 0, 250, 0, 0])
     palette.paste(1, (8, 8, 24, 24))
@@ -1177,149 +1179,155 @@ def test_what_is_transparent_lies_on_white(tmp_path):
 
 
 @pytest.mark.parametrize("trim", [True, False])
-@pytest.mark.parametrize("patch_width", [4, 8, 12, 32])
-@pytest.mark.parametrize("size", [(1, 1), (5000, 3), (3, 5000), (700, 1), (1, 700), (513, 32), (32, 32), (33, 31)])
-def test_every_size_becomes_patches(size, patch_width, trim):
+@pytest.mark.parametrize("patch_width", [4, 12, 32])
+@pytest.mark.parametrize("size", [(1, 1), (5000, 3), (3, 5000), (700, 1), (1, 700), (513, 32), (33, 31)])
+def test_picture_of_any_size(size, patch_width, trim):
+    """Whole patches, 32 pixels high and no more than 16 times as wide; shapes by hand."""
     encoder = PatchEncoder(Config(encoder_width=64, patch_width=patch_width, image_trim=trim))
     x = load_media(encoder, noise(*size))
     assert x.shape[:2] == (3, 32) and x.shape[2] % patch_width == 0
     assert 1 <= x.shape[2] / patch_width == encoder.length(x) <= 16 * 32 / patch_width + 1
-    y = features(encoder, [x])[0]
+    [y] = features(encoder, [x])
     assert y.shape == (encoder.length(x), 64) and y.isfinite().all()
 
 
-def test_a_picture_is_scaled_and_its_margins_are_taken_away():
+def test_picture_is_scaled_and_trimmed():
+    """Scaled as PIL does; the figure is the same wherever it lies, on white or black."""
     scaled = np.array(noise(75, 50).resize((48, 32), Image.BILINEAR))
     assert torch.equal(load_media(WHOLE, noise(75, 50)), torch.from_numpy(scaled).permute(2, 0, 1))
     trimming = PatchEncoder(Config(image_trim=True))
-    first, *others = [
-        load_media(trimming, drawing(size, at))
-        for size, at in [((60, 40), (10, 8)), ((300, 200), (140, 2)), ((21, 25), (1, 1))]
-    ]
-    assert all(torch.equal(first, other) for other in others)
+    first = load_media(trimming, drawing())
     assert first.shape == (3, 32, 28)  # 20 x 24, scaled to 26.7 x 32, in patches of 4
-    black = Image.eval(drawing((80, 80), (30, 30)), lambda x: 255 - x)  # the paper may be dark
+    assert torch.equal(first, load_media(trimming, drawing((300, 200), (140, 2))))
+    assert torch.equal(first, load_media(trimming, drawing((21, 25), (1, 1))))
+    black = Image.eval(drawing((80, 80), (30, 30)), lambda x: 255 - x)
     assert (load_media(trimming, black).int() + first.int() - 255).abs().max() <= 1
     assert not torch.equal(load_media(WHOLE, drawing(at=(1, 1))), load_media(WHOLE, drawing()))
     white = load_media(trimming, Image.new("RGB", (50, 25), "white"))  # nothing to trim it to
     assert white.shape == (3, 32, 64) and (white == 255).all()
 
 
+def gelu(x):
+    return x * (1 + torch.erf(x / 2**0.5)) / 2
+
+
+def arrays(module):
+    """A module's parameters in numpy."""
+    return {name: p.detach().double().numpy() for name, p in module.named_parameters()}
+
+
 @torch.no_grad()
-def test_patches_are_cut_row_by_row():
-    """In a batch of several widths as each picture by itself, after the two convolutions of F.conv2d."""
+def test_patch_encoder():
+    """A batch of several widths against F.conv2d on each picture alone, patch by patch, row by row."""
     encoder = randomise(PatchEncoder(Config(encoder_width=8, image_height=24, patch_height=12, patch_width=8))).double()
     images = [torch.from_numpy(pixels(width, 3, 24, width)) for width in (24, 8, 16)]
-    gelu = lambda x: x * (1 + torch.erf(x / 2**0.5)) / 2
     for image, got in zip(images, features(encoder, images)):
         x = (1 - image.double() / 255)[None]
         for conv in (encoder.conv1, encoder.conv2):  # 4 pixels become 1
             x = gelu(F.conv2d(x, conv.weight, conv.bias, stride=2, padding=1))
         want = []
         for row, col in itertools.product(range(2), range(image.shape[2] // 8)):
-            patch = x[0, :, 3 * row : 3 * row + 3, 2 * col : 2 * col + 2]
-            place = encoder.row[row] + encoder.col[col]
-            want.append(gelu(encoder.proj.weight.flatten(1) @ patch.flatten() + encoder.proj.bias + place))
-        assert len(want) == encoder.length(image)
-        assert distance(got, torch.stack(want)) < 1e-5
+            patch = x[0, :, 3 * row : 3 * row + 3, 2 * col : 2 * col + 2].flatten()
+            bias = encoder.proj.bias + encoder.row[row] + encoder.col[col]
+            want.append(gelu(encoder.proj.weight.flatten(1) @ patch + bias))
+        assert len(want) == encoder.length(image) and distance(got, torch.stack(want)) < 1e-5
 
 
 def plain_adapter(adapter, x):
-    """One signal through the formulas, window by window, in numpy; the last window ends on the last vector."""
-    z = {name: p.detach().double().numpy() for name, p in adapter.named_parameters()}
-    x, k, s = x.double().numpy(), adapter.kernel, adapter.stride
+    """[1], equations 4 and 5, in numpy: what becomes of features x, and which of them each window ends on."""
+    z, x, speech = arrays(adapter), x.double().numpy(), isinstance(adapter, SpeechAdapter)
+    k, s = (3, 2) if speech else (adapter.kernel, adapter.stride)
+    ends = range(len(x))
     if k:
         left = (s - (len(x) - k) % s) % s if len(x) >= k else k - len(x)
-        x = np.concatenate([np.zeros((left, x.shape[1])), x])
-        x = np.stack([sum(z["conv.weight"][:, :, j] @ x[i + j] for j in range(k)) for i in range(0, len(x) - k + 1, s)])
+        x = np.pad(x, ((2, 2) if speech else (left, 0), (0, 0)))
+        starts = range(0, len(x) - k + 1, s)
+        x = np.stack([sum(z["conv.weight"][:, :, j] @ x[i + j] for j in range(k)) for i in starts])
+        x, ends = x + z.get("conv.bias", 0), [i + k - 1 - left for i in starts]
     y = np.maximum(x @ z["mlp.0.weight"].T + z["mlp.0.bias"], 0) @ z["mlp.2.weight"].T + z["mlp.2.bias"]
+    if speech:
+        return y, None
     norm = (y - y.mean(1, keepdims=True)) / np.sqrt(y.var(1, keepdims=True) + 1e-5)
-    return y + norm * z["pre_norm.weight"] + z["pre_norm.bias"]
+    return y + norm * z["pre_norm.weight"] + z["pre_norm.bias"], list(ends)
 
 
-COUNTS = {
-    (3, 2): (288, 288, 360),
-    (4, 3): (192, 192, 240),
-    (5, 4): (144, 144, 180),
-    (0, 2): (577, 576, 720),
-}  # of 577, 576, 720
+LENGTHS = {(3, 2): {577: 288, 576: 288, 720: 360}, (4, 3): {577: 192, 576: 192, 720: 240}, (0, 2): {577: 577}}
+LENGTHS |= {(5, 4): {577: 144, 576: 144, 720: 180}, "speech": {49: 26, 576: 289, 1499: 751, 1500: 751}}
 
 
-@pytest.mark.parametrize("kernel,stride", [*COUNTS, (1, 1), (4, 2), (2, 5)])
+def random_features(lengths):
+    return [torch.randn(n, 12, generator=torch.Generator().manual_seed(n)).double() for n in lengths]
+
+
+@pytest.mark.parametrize("conv", [*LENGTHS, (1, 1), (4, 2), (2, 5), (6, 2)], ids=str)
 @torch.no_grad()
-def test_adapter_is_conv_mlp_and_norm(kernel, stride):
-    adapter = randomise(Adapter(12, 16, 2, kernel, stride)).double()
-    signals = [torch.randn(n, 12, generator=torch.Generator().manual_seed(n)).double() for n in [23, *range(1, 16), 40]]
+def test_adapter(conv):
+    """A batch against plain_adapter, and lengths against those of the papers' code."""
+    adapter = SpeechAdapter(12, 16, 2) if conv == "speech" else Adapter(12, 16, 2, *conv)
+    adapter = randomise(adapter).double()
+    signals = random_features([23, *range(1, 16), 40])
     for x, y in zip(signals, adapted(adapter, signals)):
-        assert len(y) == adapter.length(len(x)) >= 1
-        assert distance(y, plain_adapter(adapter, x)) < 1e-12
-        assert distance(adapted(adapter, [x])[0], y) < 1e-12  # alone as in the batch
-    lengths = tuple(map(adapter.length, (577, 576, 720)))
-    assert COUNTS.get((kernel, stride), lengths) == lengths
+        want, ends = plain_adapter(adapter, x)
+        assert len(y) == adapter.length(len(x)) >= 1 and distance(y, want) < 1e-12
+        assert conv == "speech" or list(adapter.window_ends(len(x))) == ends
+    assert all(adapter.length(n) == length for n, length in LENGTHS.get(conv, {}).items())
 
 
 @pytest.mark.parametrize("kind", ["mlp", "linear", "gated"])
 @torch.no_grad()
-def test_each_vector_of_a_series_is_given_its_place_from_the_end(kind):
+def test_positions_of_a_series(kind, model):
+    """Against the same adapter without positions: they count from the end, and vectors further back share the first."""
     adapter = Adapter(12, 16, 2, 4, 2, kind, vectors=20)
     assert adapter.place.shape == (9, 16) and 1.5 < adapter.place.std() < 2.5
-    adapter = randomise(adapter).double()
-    signals = [torch.randn(n, 12, generator=torch.Generator().manual_seed(n)).double() for n in (20, 1, 9, 60)]
+    adapter, signals = randomise(adapter).double(), random_features((20, 1, 9, 60))
     placed, place = adapted(adapter, signals), adapter.place.clone()
     adapter.place.zero_()
-    for x, y, z in zip(signals, placed, adapted(adapter, signals)):
-        n = len(y)
-        for i in range(n):
-            assert distance(y[i] - z[i], place[max(0, 9 - n + i)]) < 1e-12
-    assert len(placed[0]) == 9 and len(placed[3]) == 29
-    with_series = ModRWKV(dataclasses.replace(SMALL, lookback=50))
-    assert with_series.adapter["series"].place.shape == (12, 64) and with_series.adapter["image"].place is None
+    for n, y, z in zip((9, 1, 4, 29), placed, adapted(adapter, signals)):
+        assert distance(y - z, place[np.arange(9 - n, 9).clip(0)]) < 1e-12
+    assert model.adapter["series"].place.shape == (12, 64) and model.adapter["image"].place is None
 
 
-@pytest.mark.parametrize("n", [480, 1600, 16000, 16000 * 31])
-def test_frames_are_those_of_whisper(n):
-    """Of the whole sound: Whisper's own cuts it at 30 seconds unless told otherwise."""
+@pytest.mark.parametrize("n", [480, 1600, 16000 * 31])
+def test_log_mel_frames(n):
+    """Against transformers' WhisperFeatureExtractor, told not to cut a sound at 30 seconds."""
     from transformers import WhisperFeatureExtractor
 
     x = torch.randn(n, generator=torch.Generator().manual_seed(n)) * torch.linspace(0, 0.5, n)
-    theirs = WhisperFeatureExtractor()(x.numpy(), sampling_rate=16000, padding="do_not_pad", truncation=False)[
-        "input_features"
-    ][0]
+    how = dict(sampling_rate=16000, padding="do_not_pad", truncation=False)
+    [theirs] = WhisperFeatureExtractor()(x.numpy(), **how)["input_features"]
     ours = load_media(MelEncoder(Config()), x)
     assert ours.shape == theirs.shape and np.abs(ours.numpy() - theirs).max() < 1e-6
 
 
-def test_no_sample_is_lost_and_the_shortest_sound_has_a_frame():
+def test_log_mel_frames_of_short_sounds():
+    """A click behind the last whole hop is heard, and one sample has the least number of frames."""
     encoder, x = MelEncoder(Config()), torch.zeros(1700)
-    x[1650] = 1  # behind the last whole hop
+    x[1650] = 1
     assert load_media(encoder, x).shape == (80, 11) and load_media(encoder, x).std() > 0.1
     assert load_media(encoder, x[:1]).shape[1] == 3 and load_media(encoder, x[:1]).isfinite().all()
 
 
 @pytest.mark.parametrize("rate", [8000, 11025, 16000, 44100, 48000])
-@pytest.mark.parametrize("channels", [1, 2, 6])
-@pytest.mark.parametrize("kind", ["wav", "flac", "ogg", "mp3"])
-def test_sounds_of_any_kind(tmp_path, rate, channels, kind):
-    if kind in ("ogg", "mp3") and channels > 2:
-        return  # there is no such mp3, and one of ogg's six is for low notes alone
-    wave = lambda rate: 0.4 * np.sin(2 * np.pi * 440 * np.arange(rate // 2) / rate)
+@pytest.mark.parametrize(
+    "kind,channels", [(kind, n) for kind in ("wav", "flac") for n in (1, 2, 6)] + [("ogg", 2), ("mp3", 2)]
+)
+def test_sound_of_any_kind(tmp_path, rate, kind, channels):
+    """Against the sine that was written, the mean of its channels, at 16 kHz; mp3 is in whole blocks, in silence."""
+    wave, exact = (0.4 * np.sin(2 * np.pi * 440 * np.arange(n // 2) / n) for n in (rate, 16000))
     loudness = 1 + 0.5 * np.linspace(-1, 1, channels) if channels > 1 else np.ones(1)
-    soundfile.write(tmp_path / f"x.{kind}", wave(rate)[:, None] * loudness, rate)
-    got = read_sound(tmp_path / f"x.{kind}", 16000).numpy()
-    assert abs(len(got) - 8000) < (
-        2 if kind in ("wav", "flac") else 2500
-    )  # mp3 is in whole blocks, with silence before and after
+    soundfile.write(tmp_path / f"x.{kind}", wave[:, None] * loudness, rate)
+    got, lossless = read_sound(tmp_path / f"x.{kind}", 16000).numpy(), kind in ("wav", "flac")
+    assert abs(len(got) - 8000) < (2 if lossless else 2500)
     spectrum = np.abs(np.fft.rfft(got * np.hanning(len(got))))
     assert abs(spectrum.argmax() * 16000 / len(got) - 440) < 4
-    middle = got[2000:6000]
-    assert middle.std() == pytest.approx(0.4 / 2**0.5, rel=0.1)  # the channels' mean
-    if kind in ("wav", "flac"):
-        assert np.abs(got[500:7500] - wave(16000)[500:7500]).max() < 1e-3
+    assert got[2000:6000].std() == pytest.approx(0.4 / 2**0.5, rel=0.1)
+    assert not lossless or np.abs(got[500:7500] - exact[500:7500]).max() < 1e-3
 
 
 @pytest.mark.parametrize("kind", ["wav", "flac", "ogg", "mp3", "aiff"])
 @pytest.mark.parametrize("part", [0.0, 0.01, 0.3, 0.9])
-def test_a_sound_that_is_cut_short_is_refused(tmp_path, kind, part):
+def test_sound_that_is_cut_short(tmp_path, kind, part):
+    """An error that names the file, wherever its bytes end."""
     path = tmp_path / f"x.{kind}"
     soundfile.write(path, np.random.RandomState(0).randn(30000) / 10, 16000)
     whole = path.read_bytes()
@@ -1327,122 +1335,76 @@ def test_a_sound_that_is_cut_short_is_refused(tmp_path, kind, part):
     assert str(path) in refusal(read_sound, path, 16000)
 
 
-def test_sounds_that_cannot_be_read(tmp_path):
+def test_sound_that_cannot_be_read(tmp_path):
+    """Errors name the file; the header of a stream, which promises the largest length, is none."""
     (tmp_path / "x.wav").write_bytes(b"no sound at all")
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
-    for name, word in (
-        ("none.wav", "no such"),
-        ("x.wav", "not a sound"),
-        ("empty.wav", "no sound"),
-        ("", "not a sound"),
-    ):
+    errors = {"none.wav": "no such", "x.wav": "not a sound", "empty.wav": "no sound", "": "not a sound"}
+    for name, words in errors.items():
         message = refusal(load_media, MelEncoder(Config()), tmp_path / name)
-        assert str(tmp_path / name) in message and word in message
+        assert str(tmp_path / name) in message and words in message
     soundfile.write(tmp_path / "s.wav", np.ones(500) / 2, 16000)
     data = bytearray((tmp_path / "s.wav").read_bytes())
-    data[4:8] = data[40:44] = b"\xff\xff\xff\xff"  # of a program that could not know the length
+    data[4:8] = data[40:44] = b"\xff\xff\xff\xff"
     (tmp_path / "s.wav").write_bytes(data)
     assert len(read_sound(tmp_path / "s.wav", 16000)) == 500
 
 
 @torch.no_grad()
-def test_a_sound_in_a_batch_is_the_sound_alone_through_the_convolutions():
+def test_mel_encoder():
+    """A batch of several lengths against F.conv1d on each sound alone, without each bin's mean and what is 40 dB down."""
     encoder = randomise(MelEncoder(Config(encoder_width=8))).double()
-    sounds = [sound(n, n)[1] for n in (1, 2, 7, 90, 16)]
-    gelu = lambda x: x * (1 + torch.erf(x / 2**0.5)) / 2
-    z = dict(encoder.named_parameters())
-    for x, got in zip(sounds, features(encoder, sounds)):
-        want = torch.maximum(x, x.max() - 1)
-        want = (want - want.double().mean(1, keepdim=True).float()).double()
-        want = gelu(F.conv1d(want[None], z["conv1.weight"], z["conv1.bias"], padding=1))
-        want = gelu(F.conv1d(want, z["conv2.weight"], z["conv2.bias"], stride=2, padding=1))[0]
+    sounds, z = [sound(n, n)[1] for n in (1, 2, 7, 90, 16)], dict(encoder.named_parameters())
+
+    def conv(name, x, **how):
+        return F.conv1d(x, z[f"{name}.weight"], z[f"{name}.bias"], **how)
+
+    for frames, got in zip(sounds, features(encoder, sounds)):
+        x = torch.maximum(frames, frames.max() - 1)
+        x = (x - x.double().mean(1, keepdim=True).float()).double()[None]
+        x = gelu(conv("conv2", gelu(conv("conv1", x, padding=1)), stride=2, padding=1))
         for i, d in enumerate((1, 2, 4, 8)):
-            padded = F.pad(want, (2 * d, 2 * d))
-            y = (
-                sum(z[f"deep.{i}.0.weight"][:, :, j] * padded[:, j * d : j * d + want.shape[1]] for j in range(5))
-                + z[f"deep.{i}.0.bias"][:, None]
-            )
-            want = want + gelu(z[f"deep.{i}.1.weight"][:, :, 0] @ y + z[f"deep.{i}.1.bias"][:, None])
-        assert want.shape[1] == encoder.length(x) and distance(got, want.T) < 1e-12
-    flat = [x / x.abs().max() / 4 for x in sounds]  # nothing 40 dB below the loudest
-    for got, again in zip(
-        features(encoder, flat), features(encoder, [x + torch.arange(80)[:, None] / 200 for x in flat])
-    ):
-        assert distance(again, got) < 1e-4  # a microphone that is louder in some bins is not heard
-    x = sounds[3] - sounds[3].max()
-    assert (
-        distance(*features(encoder, [x, torch.where(x < -1.1, x - 1, x)])) == 0 and (x < -1.1).any()
-    )  # nor what is far fainter than the loudest
+            y = conv(f"deep.{i}.0", x, padding=2 * d, dilation=d, groups=8)
+            x = x + gelu(conv(f"deep.{i}.1", y))
+        assert x.shape[2] == encoder.length(frames) and distance(got, x[0].T) < 1e-12
 
 
 @torch.no_grad()
-def test_speech_adapter_halves_and_has_no_norm():
-    adapter = randomise(SpeechAdapter(12, 16, 2)).double()
-    z = {name: p.numpy() for name, p in adapter.named_parameters()}
-    signals = [torch.randn(n, 12, generator=torch.Generator().manual_seed(n)).double() for n in [23, *range(1, 9), 40]]
-    for x, y in zip(signals, adapted(adapter, signals)):
-        padded = np.pad(x.numpy(), ((2, 2), (0, 0)))
-        x = (
-            np.stack(
-                [sum(z["conv.weight"][:, :, j] @ padded[i + j] for j in range(3)) for i in range(0, len(padded) - 2, 2)]
-            )
-            + z["conv.bias"]
-        )
-        x = np.maximum(x @ z["mlp.0.weight"].T + z["mlp.0.bias"], 0) @ z["mlp.2.weight"].T + z["mlp.2.bias"]
-        assert distance(y, x) < 1e-12
-    assert [adapter.length(n) for n in (49, 576, 1499, 1500)] == [26, 289, 751, 751]  # those of [1]'s code
-
-
-@torch.no_grad()
-def test_wavenet_is_causal_and_a_series_in_a_batch_is_the_series_alone():
+def test_wavenet():
+    """A batch of several lengths against [7]'s formula in numpy, each series alone; zeros before it, nothing after."""
     encoder = randomise(WaveNet(Config(encoder_width=8))).double()
-    batch = [series(n, n)[1].double() for n in (1, 2, 16, 17, 60)]
-    for x, got in zip(batch, features(encoder, batch)):
-        assert got.shape == (encoder.length(x), 8) and distance(got, features(encoder, [x])[0]) < 1e-12
-    x, full = batch[-1], features(encoder, batch)[-1]
-    for t in range(60):
-        other = x.clone()
-        other[0, t] += 1
-        changed = (features(encoder, [other])[0] - full).abs().amax(1) > 1e-12
-        assert not changed[:t].any() and changed[t]  # no vector knows what comes after it
-        assert not changed[t + 17 :].any()  # 1 + 1 + 2 + 4 + 8 points, and the one before them, are all that it sees
-    z = {name: p.numpy() for name, p in encoder.named_parameters()}
-    at = lambda name, x, j=0: z[f"{name}.weight"][:, :, j] @ x
-    for x, got in zip(batch, features(encoder, batch)):
-        x = x.numpy()
+    batch, z = [series(n, n)[1].double() for n in (1, 2, 16, 17, 60)], arrays(encoder)
+
+    def at(name, x, j=0):
+        return z[f"{name}.weight"][:, :, j] @ x
+
+    for points, got in zip(batch, features(encoder, batch)):
+        x = points.numpy()
         x = np.vstack([x, 5 * np.diff(x[0], prepend=x[0, 0])])
         h, skips = at("start", x) + z["start.bias"][:, None], 0
         for i, d in enumerate((1, 2, 4, 8)):
             before = np.pad(h, ((0, 0), (d, 0)))[:, : h.shape[1]]
-            value, opening = np.split(
-                at(f"gates.{i}", before) + at(f"gates.{i}", h, 1) + z[f"gates.{i}.bias"][:, None], 2
-            )
+            y = at(f"gates.{i}", before) + at(f"gates.{i}", h, 1) + z[f"gates.{i}.bias"][:, None]
+            value, opening = np.split(y, 2)
             y = np.tanh(value) / (1 + np.exp(-opening))
             h, skips = h + at(f"residuals.{i}", y) + z[f"residuals.{i}.bias"][:, None], skips + y
-        assert distance(got, (at("end", np.vstack([skips.clip(0), x])) + z["end.bias"][:, None]).T) < 1e-12
+        want = at("end", np.vstack([skips.clip(0), x])) + z["end.bias"][:, None]
+        assert len(got) == encoder.length(points) and distance(got, want.T) < 1e-12
 
 
-LAYOUT = {
-    "model.embed_layer.emb.weight": (1024, 96),
-    "model.norm.weight": (1024,),
-    "model.norm.bias": (1024,),
-    "lm_heads.0.weight": (96, 1024),
-}
-for i in range(8):
-    at = f"model.layers.{i}"
-    LAYOUT |= {f"{at}.self_attn.{x}_proj.weight": (1024, 1024) for x in "qkvo"} | {
-        f"{at}.self_attn.{x}_proj.bias": (1024,) for x in "qkv"
-    }
-    LAYOUT |= {f"{at}.ffn_layer.{x}_proj.weight": (2048, 1024) for x in ("gate", "up")} | {
-        f"{at}.ffn_layer.down_proj.weight": (1024, 2048)
-    }
-    LAYOUT |= {f"{at}.norm{j}.{x}": (1024,) for j in (1, 2) for x in ("weight", "bias")}
-
-
-def test_timer_has_the_published_layout():
+def test_timer_layout():
+    """Against the names and shapes in the published file."""
+    want = {"model.embed_layer.emb.weight": (1024, 96), "lm_heads.0.weight": (96, 1024)}
+    want |= {"model.norm.weight": (1024,), "model.norm.bias": (1024,)}
+    for i in range(8):
+        attn, ffn = f"model.layers.{i}.self_attn.", f"model.layers.{i}.ffn_layer."
+        want |= {f"{attn}{x}_proj.weight": (1024, 1024) for x in "qkvo"}
+        want |= {f"{attn}{x}_proj.bias": (1024,) for x in "qkv"} | {f"{ffn}down_proj.weight": (1024, 2048)}
+        want |= {f"{ffn}{x}_proj.weight": (2048, 1024) for x in ("gate", "up")}
+        want |= {f"model.layers.{i}.norm{j}.{x}": (1024,) for j in (1, 2) for x in ("weight", "bias")}
     with torch.device("meta"):
         own = {name: tuple(x.shape) for name, x in Timer(Config()).state_dict().items()}
-    assert own == LAYOUT and len(own) == 116 and sum(map(math.prod, own.values())) == 84_142_080
+    assert own == want and len(own) == 116 and sum(map(math.prod, own.values())) == 84_142_080
 
 
 class TinyTimer(Timer):
@@ -1450,70 +1412,61 @@ class TinyTimer(Timer):
 
 
 @torch.no_grad()
-def test_timer_is_the_formula():
-    """Against one in numpy: complex rotations, a softmax over what came before, the norms behind the sums."""
+def test_timer():
+    """Against numpy: complex rotations, a softmax over what came before, the norms behind the sums."""
     encoder = randomise(TinyTimer(Config())).double()
-    z = {name: p.numpy() for name, p in encoder.named_parameters()}
-    norm = lambda x, at: (
-        (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5) * z[f"{at}.weight"] + z[f"{at}.bias"]
-    )
+    z = arrays(encoder)
+
+    def norm(x, at):
+        x = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5)
+        return x * z[f"{at}.weight"] + z[f"{at}.bias"]
+
+    def proj(x, name):
+        return x @ z[f"{name}_proj.weight"].T + z.get(f"{name}_proj.bias", 0)
+
     batch = [series(n, n)[1].double() for n in (1, 4, 7, 8, 23)]
     for points, got in zip(batch, features(encoder, batch)):
-        n = len(points[0])
-        assert (
-            len(got) == encoder.length(points) == max(1, n // 4) == len(encoder.window_ends(n))
-            and encoder.window_ends(n)[-1] == n - 1
-        )
+        n, patches = len(points[0]), max(1, len(points[0]) // 4)
+        assert len(got) == encoder.length(points) == patches
+        assert list(encoder.window_ends(n)) == [n - 1 - 4 * i for i in reversed(range(patches))]
         x = points[0].numpy()[n % 4 :] if n >= 4 else np.pad(points[0].numpy(), (4 - n, 0))  # the newest points count
         x = x.reshape(-1, 4) @ z["model.embed_layer.emb.weight"].T
-        for i in range(2):
-            at = f"model.layers.{i}"
-            proj = lambda y, name: y @ z[f"{at}.{name}_proj.weight"].T + z.get(f"{at}.{name}_proj.bias", 0)
-            turn = np.exp(1j * np.outer(np.arange(len(x)), 10000 ** (-np.arange(4) / 4)))
+        turn = np.exp(1j * np.outer(np.arange(patches), 10000 ** (-np.arange(4) / 4)))
+        for at in ("model.layers.0", "model.layers.1"):
             out = []
             for h in (slice(0, 8), slice(8, 16)):
-                q, k, v = (proj(x, f"self_attn.{name}")[:, h] for name in "qkv")
+                q, k, v = (proj(x, f"{at}.self_attn.{name}")[:, h] for name in "qkv")
                 q, k = ((y[:, :4] + 1j * y[:, 4:]) * turn for y in (q, k))
-                scores = np.exp((q @ k.conj().T).real / 8**0.5) * np.tri(len(x))
+                scores = np.exp((q @ k.conj().T).real / 8**0.5) * np.tri(patches)
                 out.append(scores / scores.sum(1, keepdims=True) @ v)
-            x = norm(x + proj(np.concatenate(out, 1), "self_attn.o"), f"{at}.norm1")
-            gate = proj(x, "ffn_layer.gate")
-            x = norm(x + proj(gate / (1 + np.exp(-gate)) * proj(x, "ffn_layer.up"), "ffn_layer.down"), f"{at}.norm2")
+            x = norm(x + proj(np.concatenate(out, 1), f"{at}.self_attn.o"), f"{at}.norm1")
+            gate = proj(x, f"{at}.ffn_layer.gate")
+            y = gate / (1 + np.exp(-gate)) * proj(x, f"{at}.ffn_layer.up")
+            x = norm(x + proj(y, f"{at}.ffn_layer.down"), f"{at}.norm2")
         assert distance(got, norm(x, "model.norm")) < 1e-6
 
 
-def test_timer_trains_from_its_weights_and_stays_as_it_is(tmp_path, monkeypatch):
+def test_timer_is_loaded_and_frozen(tmp_path, monkeypatch):
+    """Its weights after training against those of the file; errors name what is missing or too much."""
     from safetensors.torch import save_file
 
     monkeypatch.setitem(modrwkv.ENCODERS["series"], "timer", TinyTimer)
     data = jsonl(tmp_path / "x.jsonl", *({"target": [math.sin(i / 3 + n) for i in range(100)]} for n in range(8)))
-    flags = (
-        "--series_encoder=timer",
-        "--image_encoder=none",
-        "--series_kernel=0",
-        "--lookback=48",
-        "--horizon=8",
-        "--max_steps=2",
-        "--level_steps=0",
-    )
-    assert "--timer_weights" in refusal(learn, tmp_path / "out", (data, data), *flags)
+    out, flags = tmp_path / "out", ["--series_encoder=timer", "--image_encoder=none", "--series_kernel=0"]
+    flags += ["--lookback=48", "--horizon=8", "--max_steps=2", "--level_steps=0"]
+    assert "--timer_weights" in refusal(learn, out, (data, data), *flags)
+    flags.append(f"--timer_weights={tmp_path / 'x.safetensors'}")
+    assert "x.safetensors" in refusal(learn, out, (data, data), *flags)
     weights = {name: x.contiguous() for name, x in randomise(TinyTimer(Config()), 5).state_dict().items()}
-    less, more = lambda w: w.pop("model.norm.bias"), lambda w: w.update(more=torch.zeros(1))
-    for change, words in ((less, "model.norm.bias is missing"), (more, "more is not expected")):
-        broken = dict(weights)
-        change(broken)
-        save_file(broken, tmp_path / "broken.safetensors")
-        assert words in refusal(
-            learn, tmp_path / "out", (data, data), *flags, f"--timer_weights={tmp_path / 'broken.safetensors'}"
-        )
-    assert "none.safetensors" in refusal(
-        learn, tmp_path / "out", (data, data), *flags, f"--timer_weights={tmp_path / 'none.safetensors'}"
-    )
-    save_file(weights, tmp_path / "timer.safetensors")
-    learn(tmp_path / "out", (data, data), *flags, f"--timer_weights={tmp_path / 'timer.safetensors'}")
-    after = kept(tmp_path / "out")
+    save_file(weights | {"more": torch.zeros(1)}, tmp_path / "x.safetensors")
+    assert "more is not expected" in refusal(learn, out, (data, data), *flags)
+    save_file({name: x for name, x in weights.items() if name != "model.norm.bias"}, tmp_path / "x.safetensors")
+    assert "model.norm.bias is missing" in refusal(learn, out, (data, data), *flags)
+    save_file(weights, tmp_path / "x.safetensors")
+    learn(out, (data, data), *flags)
+    after = kept(out)
     assert all(torch.equal(after[f"encoder.series.{name}"], x) for name, x in weights.items())
-    assert load(tmp_path / "out" / "ckpt.pt").forecast([[math.sin(i / 3) for i in range(60)]]).shape == (1, 8)
+    assert load(out / "ckpt.pt").forecast([[math.sin(i / 3) for i in range(60)]]).shape == (1, 8)
 
 
 @trials(60)
@@ -1525,153 +1478,169 @@ def test_timer_trains_from_its_weights_and_stays_as_it_is(tmp_path, monkeypatch)
     size=st.sampled_from([0, 1e-3, 1, 1e6]),
     seed=SEEDS,
 )
-def test_normalise_is_undone_by_what_it_returns(n, known, gaps, level, size, seed):
+def test_normalise(n, known, gaps, level, size, seed):
+    """Mean and deviation against numpy's, of a series with gaps; they undo it."""
     rng = np.random.RandomState(seed)
     x = level + size * rng.randn(n)
     x[rng.rand(n) < gaps] = rng.choice([np.nan, np.inf, -np.inf])
     points, mean, deviation = modrwkv.normalise(torch.from_numpy(x), known)
-    there = np.isfinite(x)
+    values, mask = points[0].numpy(), np.isfinite(x)
     assert points.shape == (2, n) and points.isfinite().all() and deviation > 0
-    assert (
-        (points[1].numpy() == there).all()
-        and not points[0][~torch.from_numpy(there)].any()
-        and points.abs().max() <= 10
-    )
-    first, scale = (
-        x[:known][there[:known]],
-        x[there].std() if size and there.sum() > 1 else 0,
-    )  # of a constant, whatever rounding makes of it
+    assert (points[1].numpy() == mask).all() and not values[~mask].any() and abs(values).max() <= 10
+    first = x[:known][mask[:known]]
+    scale = x[mask].std() if size and mask.sum() > 1 else 0  # of a constant, whatever rounding makes of it
     if len(first):
         assert mean == pytest.approx(first.mean(), rel=1e-9)
         assert deviation == pytest.approx((first.var() + (0.1 * scale or 1) ** 2) ** 0.5, rel=1e-3)
-    mild = there & (np.abs(points[0].numpy()) < 9.9)
-    assert np.allclose((points[0].numpy() * deviation + mean)[mild], x[mild], rtol=1e-5, atol=1e-5 * deviation)
+    mild = mask & (np.abs(values) < 9.9)
+    assert np.allclose((values * deviation + mean)[mild], x[mild], rtol=1e-5, atol=1e-5 * deviation)
 
 
-def test_tables_and_columns(tmp_path):
-    path = tmp_path / "x.csv"
+def test_tables(tmp_path):
+    """Against the numbers written; a spreadsheet's export has semicolons, decimal commas and a column too many."""
+    path, export = tmp_path / "x.csv", tmp_path / "y.csv"
     path.write_text("date,load,price\n2020-01-01,1,2.5\n\n2020-01-02,,-3e2\n")
     names, table = read_table(path)
     assert names == ["load", "price"] and np.array_equal(table, [[1, 2.5], [np.nan, -300]], equal_nan=True)
-    assert read_series(path).tolist() == [2.5, -300] and np.isnan(read_series(f"{path}#load")[1])
+    assert read_series(path).tolist() == [2.5, -300]
+    assert read_series(f"{path}#load").isnan().tolist() == [False, True]
     assert read_series([1, None, 3]).isnan().tolist() == [False, True, False]
-    assert "no column x; its columns are date, load, price" in refusal(read_series, f"{path}#x")
-    for content, words in [
-        ("", "no rows"),
-        ("a,b\n", "no rows"),
-        ("a\nx\n", "no column of numbers"),
-        ("a,b\n1,2\n3\n", "line 3, has 1 values, not 2"),
-        ("a\n1\n2\noops\n", "line 4: 'oops' in column a"),
+    export.write_text('\ufeffwhen;a;b;\nx;1;"1,5";\ny;NA;"2,5";\n', encoding="utf-8")
+    assert read_series(f"{export}#a").isnan().tolist() == [False, True]
+    errors = {f"{path}#x": "no column x; its columns are date, load, price", f"{export}#when": "'x' in column when"}
+    errors |= {export: "column 4 is empty; another is chosen by", f"{export}#b": "line 2: '1,5' in column b"}
+    errors |= {tmp_path / "none.csv": "No such file", (None, math.nan): "no numbers"}
+    for series, words in errors.items():
+        assert words in refusal(read_series, series)
+
+
+@pytest.mark.parametrize(
+    "content,words",
+    [
+        (b"", "no rows"),
+        (b"a,b\n", "no rows"),
+        (b"a\nx\n", "no column of numbers"),
+        (b"a,b\n1,2\n3\n", "line 3, has 1 values, not 2"),
+        (b"a\n1\n2\noops\n", "line 4: 'oops' in column a"),
         (b"\xff\xfe\x00", "not a .csv"),
-        ("1,2\n3,4\n", "no header"),
-    ]:
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-        message = refusal(read_table, path)
-        assert str(path) in message and words in message
-    assert "No such file" in refusal(read_series, tmp_path / "none.csv")
-    path.write_text(
-        '\ufeffwhen;a;b;\nx;1;"1,5";\ny;NA;"2,5";\n', encoding="utf-8"
-    )  # a program's semicolons, decimal commas, and one too many
-    assert read_series(f"{path}#a").isnan().tolist() == [False, True]
-    for column, words in (
-        ("", "column 4 is empty; another is chosen by"),
-        ("#b", "line 2: '1,5' in column b"),
-        ("#when", "'x' in column when"),
-    ):
-        assert words in refusal(read_series, f"{path}{column}")
-    assert "no numbers" in refusal(read_series, [None, math.nan])
+        (b"1,2\n3,4\n", "no header"),
+    ],
+)
+def test_broken_tables(tmp_path, content, words):
+    """The error names the file, and the line."""
+    path = tmp_path / "x.csv"
+    path.write_bytes(content)
+    message = refusal(read_table, path)
+    assert str(path) in message and words in message
 
 
 # ---------------------------------------------------------------------------------------------- the model, generation
 
 
+def walk(n, seed=0):
+    """A random walk (n,) in float64."""
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed)).double().cumsum(0)
+
+
 @torch.no_grad()
-def test_pictures_stand_where_they_were_put(model):
+def test_fuse_places_media_in_order(model):
+    """In a batch against each segment's own vectors, one behind another; zeros behind the last."""
     A, B, t1, t2 = picture(1, 5), picture(2, 2), text("first "), text("second")
     vectors = {id(s): adapted(model.adapter["image"], features(model.encoder["image"], [s[1]]))[0] for s in (A, B)}
     vectors |= {id(s): model.emb.weight[torch.tensor(s[1])] for s in (t1, t2)}
-    before, after = [text("ab"), B], [A, text("c")]
-    batches = [
-        [before, segments, after]
-        for segments in ([A, t1, B, t2], [B, t1, A, t2], [t1, A, B, t2], [t2, t1, B, A], [A, A, t1])
-    ]
-    for batch in [*batches, [[A], [B]]]:  # the last one has no text
-        x, _, lengths, _ = model.fuse(batch)
-        want = torch.cat([vectors[id(s)] for s in batch[1]])
-        assert lengths[1] == len(want)
-        assert distance(x[1, : lengths[1]], want) < 1e-12
-        assert not x[1, lengths[1] :].any()
+    for segments in ([A, t1, B, t2], [t1, A, B, t2], [t2, t1, B, A], [A, A, t1], [B]):
+        for batch in ([[text("ab"), B], segments, [A, text("c")]], [[A], segments]):
+            x, _, lengths, _ = model.fuse(batch)
+            want = torch.cat([vectors[id(s)] for s in segments])
+            assert lengths[1] == len(want) and distance(x[1, : len(want)], want) < 1e-12
+            assert not x[1, len(want) :].any()
     assert "260" in refusal(model.fuse, [[("text", [260])]])  # beyond the vocabulary
 
 
 @torch.no_grad()
-def test_loss_is_the_mean_over_the_answers_tokens(model):
-    one = [picture(1, 7), text("what?"), ("answer", [20, 21, 22]), text("more"), ("answer", [23])]
-    two, three = [text("hello"), ("answer", [24, 25, 26, 27, 28, 29])], [text("no answer")]
-    costs = []
-    for segments in (one, two, three):
-        logits, at = model([segments])[0][0].numpy(), 0
-        for kind, data in segments:
-            n = model.length([(kind, data)])
-            for j in range(n if kind == "answer" else 0):
-                z = logits[at + j - 1]
-                costs.append(np.log(np.exp(z - z.max()).sum()) + z.max() - z[data[j]])
-            at += n
-    assert len(costs) == 10
-    assert model.loss([one, two, three]).item() == pytest.approx(np.mean(costs), rel=1e-6)
-    assert model.loss([one, two, three], count=4).item() == pytest.approx(np.sum(costs) / 4, rel=1e-6)
-    assert model.loss([three]).item() == 0
-    assert model.loss([one]).item() != pytest.approx(model.loss([two]).item(), rel=1e-3)
+def test_loss(model):
+    """Cross-entropies, and of forecasts half Huber's and half the absolute error, in numpy from one sample at a time."""
+    words = [[picture(1, 7), text("what?"), ("answer", [20, 21, 22]), text("more"), ("answer", [23])]]
+    words += [[text("hello"), ("answer", [24, 25, 26, 27, 28, 29])], [text("no answer")]]
+    x, rng, losses, largest = walk(200), random.Random(1), [], []
+    x[::17] = math.nan
+    windows = [model.window(x, rng) for _ in range(3)]
+    for sample in words:
+        (logits, _), at, own = model([sample]), 0, []
+        for kind, data in sample:
+            for z, token in zip(logits[0, at - 1 :].numpy(), data if kind == "answer" else ()):
+                own.append(np.log(np.exp(z).sum()) - z[token])
+                largest.append(z.max())
+            at += model.length([(kind, data)])
+        losses.append(own)
+    for [(_, (points, targets))] in windows:
+        ahead = model.forecast_head(model.backbone(model.fuse([[("series", points)]])[0])[0])[0]
+        errors = (ahead - targets).abs().numpy()
+        errors = np.where(errors < 1, errors**2 / 2, errors - 0.5) / 2 + errors / 2
+        losses.append(list(np.nanmean(errors[~np.isnan(errors).all(1)], 1)))
+    samples, together, means = words + windows, np.concatenate(losses), [np.mean(own) for own in losses if own]
+    assert list(map(len, losses)) == [n_targets(model, [sample]) for sample in samples] and len(together) > 16
+    wrap = 0.1 / 2 * np.square(largest).sum() / len(together)
+    assert model.loss(samples).item() == pytest.approx(together.mean(), rel=1e-6)
+    assert model.loss(samples, 4).item() == pytest.approx(together.sum() / 4, rel=1e-6)
+    assert model.loss(samples, reduction="sample").item() == pytest.approx(np.mean(means), rel=1e-6)
+    assert model.loss(samples, 7, "sample").item() == pytest.approx(np.sum(means) / 7, rel=1e-6)
+    assert model.loss(samples, l2wrap=0.1).item() == pytest.approx(together.mean() + wrap, rel=1e-6)
+    assert model.loss(words[2:]).item() == 0
 
 
 @trials(40)
 @given(n=st.integers(2, 150), gaps=st.sampled_from([0, 0, 0.2]), seed=SEEDS)
 @example(n=60, gaps=0, seed=0)
-def test_a_window_learns_only_what_lies_ahead(model, n, gaps, seed):
-    """Where a vector's targets are is found again in the series, behind all that the vector and the mean have seen."""
+def test_window_targets(model, n, gaps, seed):
+    """Point i of the series is about i, so a target's value tells its place: behind its vector's end, 4 j + 3."""
     rng = np.random.RandomState(seed % 2**32)
-    x = torch.from_numpy(np.arange(n) + 0.01 * rng.rand(n))  # no two points are alike
+    x = torch.from_numpy(np.arange(n) + 0.01 * rng.rand(n))
     x[torch.from_numpy(rng.rand(n) < gaps)] = math.nan
     x[0], x[-1] = 0, n - 1
     for draw in (None, random.Random(seed)):
-        [(kind, (points, targets))] = model.window(x, draw)
-        assert (
-            kind == "forecast" and points.shape == (2, 48) and targets.shape == (12, 12)
-        )  # Conv1D (6, 4) leaves 12 vectors
+        [(kind, (points, targets))] = sample = model.window(x, draw)
+        assert kind == "forecast" and points.shape == (2, 48) and targets.shape == (12, 12)
         learned = (~targets.isnan()).any(1)
-        sample = [(kind, (points, targets))]
         assert n_targets(model, [sample]) == learned.sum() and model.length(sample) == 12
         if draw is None:
             assert not learned[:-1].any() and learned[-1] == bool(x[-12:].isfinite().any() and n > 12)
-        if gaps == 0 and n >= 60:  # value = (point - mean) / deviation with the same two for all: points are places
-            place = lambda v: 47 * (v - points[0][0]) / (points[0][47] - points[0][0])
-            for j, row in enumerate(targets):
-                for i in range(12):
-                    if not row[i].isnan() and abs(row[i]) < 9.9:
-                        assert place(row[i]).item() == pytest.approx(
-                            4 * j + 3 + i + 1, abs=0.5
-                        )  # vector j ends on point 4 j + 3
-            assert (draw is None) or learned[-1]
-            assert not targets[learned].isnan().any()
+        if gaps == 0 and n >= 60:
+            place = 47 * (targets - points[0, 0]) / (points[0, 47] - points[0, 0])
+            off = (place - 4 * torch.arange(12)[:, None] - 4 - torch.arange(12))[targets.abs() < 9.9]
+            assert (off.abs() < 0.5).all()
+            assert (draw is None or learned[-1]) and not targets[learned].isnan().any()
 
 
-def test_what_is_ahead_changes_nothing_that_a_forecast_is_made_from(model):
-    """Points behind those whose mean is known may be anything: the inputs and how they are scaled stay the same."""
-    x = torch.randn(90, generator=torch.Generator().manual_seed(0)).double().cumsum(0)
+def test_forecast_is_causal(model):
+    """Other points ahead change no input; a forecast is the head's output, scaled by what came before."""
+    x = walk(90)
     for n in (90, 60):
         [(_, (points, targets))] = model.window(x[:n])
-        other = torch.cat([x[: n - 12], 100 * torch.randn(12)])
-        [(_, (same, changed))] = model.window(other)
+        [(_, (same, changed))] = model.window(torch.cat([x[: n - 12], 100 * torch.randn(12)]))
         assert torch.equal(points, same) and not torch.equal(targets[-1], changed[-1])
         learned = model.backbone(model.fuse([[("series", points)]])[0])[0][:, -1]
-        ahead = model.forecast([x[: n - 12]])[0]
         _, mean, deviation = modrwkv.normalise(x[max(0, n - 60) : n - 12], scale=x[: n - 12].std(correction=0))
-        assert (
-            distance(model.forecast_head(learned)[0] * deviation + mean, ahead) < 1e-5
-        )  # as it is used is as it learns
+        ahead = model.forecast([x[: n - 12]])[0]
+        assert distance(model.forecast_head(learned)[0] * deviation + mean, ahead) < 1e-5
 
 
-def test_a_forecast_record_may_have_its_past_beside_it(model, tmp_path):
+def test_forecast_units(model):
+    """Against the forecast of the scaled series, of one alone, of a series that goes on, and the mean of an untrained model."""
+    x = walk(100)
+    y = model.forecast([x, x[:20], list(x)])
+    assert y.shape == (3, 12) and distance(y[2], y[0]) < 1e-9 and distance(y[1], model.forecast([x[:20]])[0]) < 1e-6
+    assert distance(model.forecast([1000 * x + 5e4])[0], 1000 * y[0] + 5e4) < 1e-6
+    assert distance(model.forecast([x], 30)[0, :12], y[0]) < 1e-9
+    assert distance(model.forecast([torch.cat([x, y[0]])])[0], model.forecast([x], 24)[0, 12:]) < 1e-9
+    assert (model.forecast([torch.full((60,), 7.0)]) - 7).abs().max() < 20  # of a constant, nothing blows up
+    assert distance(ModRWKV(SMALL).forecast([x])[0], x[-48:].mean().expand(12)) < 1e-9
+    without = ModRWKV(Config())
+    assert "series encoder" in refusal(without.forecast, [x]) and "series encoder" in refusal(without.window, x)
+
+
+def test_forecast_record_with_its_past(model, tmp_path):
+    """Against the points in one list."""
     (tmp_path / "x.csv").write_text("a\n1\n2\n")
     records = [{"series": "x.csv", "target": [3, 4]}, {"series": [1, 2], "target": [3, 4]}, {"target": [1, 2, 3, 4]}]
     for record in read_records(jsonl(tmp_path / "x.jsonl", *records)):
@@ -1679,125 +1648,82 @@ def test_a_forecast_record_may_have_its_past_beside_it(model, tmp_path):
         assert kind == "forecast" and points.tolist() == [1, 2, 3, 4]
 
 
-@torch.no_grad()
-def test_the_loss_of_forecasts_and_answers_together(model):
-    rng, x = random.Random(1), torch.randn(200, generator=torch.Generator().manual_seed(0)).double().cumsum(0)
-    windows, words = [model.window(x, rng) for _ in range(3)], [text("what?"), ("answer", [20, 21, 22])]
-    errors = []
-    for [(_, (points, targets))] in windows:
-        ahead = model.forecast_head(model.backbone(model.fuse([[("series", points)]])[0])[0])[0].numpy()
-        for predicted, target in zip(ahead, targets.double().numpy()):
-            there = ~np.isnan(target)
-            if there.any():
-                e = np.abs(predicted - target)[there]
-                errors.append((np.where(e < 1, e**2 / 2, e - 0.5) / 2 + e / 2).mean())
-    assert len(errors) == n_targets(model, windows) > 6
-    assert model.loss(windows).item() == pytest.approx(np.mean(errors), rel=1e-6)
-    answer = 3 * model.loss([words]).item()
-    assert model.loss([words, *windows]).item() == pytest.approx(
-        (answer + np.sum(errors)) / (3 + len(errors)), rel=1e-6
-    )
-    first = errors[: n_targets(model, windows[:1])]
-    want = (answer / 3 + np.mean(first)) / 2
-    assert model.loss([windows[0], words], reduction="sample").item() == pytest.approx(want, rel=1e-6)
-    assert model.loss([windows[0], words], count=5).item() == pytest.approx((np.sum(first) + answer) / 5, rel=1e-6)
-
-
-def test_a_forecast_is_in_the_units_of_its_series(model):
-    x = torch.randn(100, generator=torch.Generator().manual_seed(0)).double().cumsum(0)
-    y = model.forecast([x, x[:20], list(x)])
-    assert y.shape == (3, 12) and distance(y[2], y[0]) < 1e-9 and distance(y[1], model.forecast([x[:20]])[0]) < 1e-6
-    assert distance(model.forecast([1000 * x + 5e4])[0], 1000 * y[0] + 5e4) < 1e-6
-    [(_, (points, _))] = model.window(torch.cat([x, torch.full((12,), math.nan)]).double())
-    assert distance(model.forecast([x], 30)[0, :12], y[0]) < 1e-9  # further ones are made from the first
-    assert distance(model.forecast([torch.cat([x, y[0]])])[0], model.forecast([x], 24)[0, 12:]) < 1e-9
-    assert (model.forecast([torch.full((60,), 7.0)]) - 7).abs().max() < 20  # of a constant, nothing blows up
-    fresh = ModRWKV(SMALL).forecast([x])[0]
-    assert distance(fresh, x[-48:].mean().expand(12)) < 1e-9  # what has learned nothing gives the mean
-    for refuse in (
-        lambda: ModRWKV(dataclasses.replace(SMALL, series_encoder="none")).forecast([x]),
-        lambda: ModRWKV(Config()).window(x),
-    ):
-        assert "series encoder" in refusal(refuse)
-
-
 def assert_state_equal(got, want):
     assert len(got) == len(want)
-    for a, b in zip(got, want):
-        for x, y in zip(a, b):
-            assert distance(x, y) < 1e-6
+    for x, y in zip(itertools.chain(*got), itertools.chain(*want)):
+        assert distance(x, y) < 1e-6
 
 
-@torch.no_grad()
-@trials(12)
-@given(T=st.integers(2, 120), cuts=st.sets(st.integers(1, 119), max_size=6), seed=SEEDS)
-@example(T=40, cuts=set(range(1, 40)), seed=0)  # one token at a time
-@example(T=110, cuts={96, 97, 105}, seed=0)
-def test_any_split_is_the_full_pass(model, T, cuts, seed):
-    tokens = torch.randint(257, (2, T), generator=torch.Generator().manual_seed(seed))
-    full, full_state = model(tokens)
-    assert full.std() > 0.3
-    edges, state, logits = [0, *sorted(c for c in cuts if c < T), T], None, []
-    for start, end in zip(edges, edges[1:]):
-        z, state = model(tokens[:, start:end], state)
-        logits.append(z)
-    assert distance(torch.cat(logits, 1), full) < 1e-6
-    assert_state_equal(state, full_state)
+@functools.cache
+def scanner(rwkv, scan, kernel):
+    config = dataclasses.replace(SMALL, rwkv=rwkv, scan=scan, n_layer=5, patch_height=8, conv_kernel=kernel)
+    return randomise(ModRWKV(config)).double()
 
 
-SEGMENT = st.tuples(st.sampled_from(["text", "answer", "image", "audio", "series"]), st.integers(1, 40))
+KINDS = st.sampled_from(["text", "answer", "image", "audio", "series"])
+PLANS = st.lists(st.lists(st.tuples(KINDS, st.integers(1, 12)), min_size=1, max_size=4), min_size=2, max_size=4)
 
 
 def make_sample(plan, seed):
-    """Segments of a plan [(kind, size)], a few tokens at its end."""
+    """Segments of a plan [(kind, size)]."""
     rng = np.random.RandomState(seed % 2**32)
-    signal = {"image": picture, "audio": sound, "series": series}
-    make = lambda kind, n: (
-        signal[kind](rng.randint(2**31), n) if kind in signal else (kind, rng.randint(0, 257, n).tolist())
-    )
-    return [make(kind, n) for kind, n in plan + [("text", 2)]]
+    media = {"image": picture, "audio": sound, "series": series}
+    return [
+        media[kind](rng.randint(2**31), n) if kind in media else (kind, rng.randint(0, 257, n).tolist())
+        for kind, n in plan
+    ]
 
 
+@trials(20)
+@given(
+    rwkv=st.sampled_from([5, 6, 7]),
+    scan=st.sampled_from(["uni", "bi", "multi"]),
+    kernel=st.sampled_from([0, 3]),
+    plans=PLANS,
+    seed=SEEDS,
+)
+@example(rwkv=7, scan="uni", kernel=3, plans=[[("text", 120)], [("image", 20), ("text", 60), ("image", 9)]], seed=0)
+@example(rwkv=7, scan="uni", kernel=3, plans=[[("audio", 1)], [("audio", 40), ("image", 2), ("audio", 3)]], seed=0)
 @torch.no_grad()
-@trials(12)
-@given(plans=st.lists(st.lists(SEGMENT, max_size=4), min_size=2, max_size=4), seed=SEEDS)
-@example(plans=[[], [("image", 20), ("text", 60), ("image", 9)], [("text", 1), ("image", 1)]], seed=0)
-@example(plans=[[("audio", 1)], [("audio", 40), ("image", 2), ("audio", 3)], [("text", 50)]], seed=0)
-def test_a_sample_in_a_batch_is_the_sample_alone(model, plans, seed):
-    samples = [make_sample(plan, seed + i) for i, plan in enumerate(plans)]
-    logits, state = model(samples)
-    more = [make_sample([("text", 1 + i)], seed) for i in range(len(plans))]  # a second turn
-    logits2, state2 = model(more, state)
-    for i, segments in enumerate(samples):
-        alone, alone_state = model([segments])
-        n, own = model.length(segments), lambda state: [tuple(x[i : i + 1] for x in layer) for layer in state]
-        assert alone.shape[1] == n
-        assert distance(logits[i, :n], alone[0]) < 1e-6
-        assert_state_equal(own(state), alone_state)
-        both, both_state = model([segments + more[i]])
-        assert distance(logits2[i, : both.shape[1] - n], both[0, n:]) < 1e-6
-        assert_state_equal(own(state2), both_state)
+def test_batched_prefill_and_decoding(rwkv, scan, kernel, plans, seed):
+    """Two ragged batches, one continuing the other, and segments and tokens one by one, against each sample in one pass."""
+    model = scanner(rwkv, scan, kernel)
+    first = [make_sample(plan, seed + i) for i, plan in enumerate(plans)]
+    second = [make_sample([("text", 2 + i)], seed) for i in range(len(plans))]
+    logits, state = model(first)
+    logits2, state2 = model(second, state)
+    for i, (a, b) in enumerate(zip(first, second)):
+        (whole, want), (_, want1), n = model([a + b]), model([a]), model.length(a)
+        assert distance(logits[i, :n], whole[0, :n]) < 1e-6
+        assert distance(logits2[i, : i + 2], whole[0, n:]) < 1e-6
+        for together, alone in ((state, want1), (state2, want)):
+            assert_state_equal([[x[i : i + 1] for x in layer] for layer in together], alone)
+        parts, s = [], None
+        for segment in a:
+            z, s = model([[segment]], s)
+            parts.append(z)
+        for token in b[0][1]:
+            z, s = model(torch.tensor([[token]]), s)
+            parts.append(z)
+        assert whole.std() > 0.3 and distance(torch.cat(parts, 1), whole) < 1e-6
+        assert_state_equal(s, want)
 
 
 @trials(8)
-@given(plans=st.lists(st.lists(SEGMENT, max_size=4), min_size=2, max_size=4), seed=SEEDS)
+@given(plans=PLANS, seed=SEEDS)
 @example(plans=[[("answer", 3), ("image", 20), ("answer", 9)], [("audio", 3), ("answer", 2), ("series", 9)]], seed=0)
-def test_gradients_of_a_batch_are_the_sum_of_its_samples_gradients(model, plans, seed):
-    """Against one sample at a time, where nothing is padded, and against the same batch made in another process."""
+def test_gradients_of_a_batch(model, plans, seed):
+    """Against the sum of one sample at a time, where nothing is padded, and the same batch made in another process."""
     samples = [make_sample(plan, seed + i) for i, plan in enumerate(plans)]
     samples.append(model.window(torch.arange(90).double().sin(), random.Random(seed)))
-    parameters = dict(model.named_parameters())
+    parameters = list(model.parameters())
 
-    def gradients(loss):
-        found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, materialize_grads=True)
-        return dict(zip(parameters, found))
+    def gradients(samples):
+        return torch.autograd.grad(model.loss(samples, 1), parameters, allow_unused=True, materialize_grads=True)
 
     batch = pickle.loads(pickle.dumps(model.collate(samples)))
-    together, again = gradients(model.loss(samples, count=1)), gradients(model.loss(batch, count=1))
-    alone = [gradients(model.loss([sample], count=1)) for sample in samples]
-    for name, g in together.items():
-        assert torch.equal(g, again[name])
-        assert distance(g, sum(own[name] for own in alone)) < 1e-6
+    for together, again, *alone in zip(gradients(samples), gradients(batch), *(gradients([x]) for x in samples)):
+        assert torch.equal(together, again) and distance(together, sum(alone)) < 1e-6
     assert len(batch.n_targets) == sum(n_targets(model, [sample]) for sample in samples)
 
 
@@ -1816,7 +1742,7 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.skipif(not modrwkv.has_kernel("cpu"), reason="the recurrence without kernel.cu takes more, by length")
 def test_operations_do_not_grow_with_the_batch(digits, capsys):
-    """Of a training step on data/digits with default settings, and of mixed samples; none waits for a GPU to say how many."""
+    """A large batch's counts against a small one's, of data/digits by default and of all media; none waits for a GPU."""
 
     def count(model, samples):
         with Operations() as fuse:
@@ -1831,12 +1757,12 @@ def test_operations_do_not_grow_with_the_batch(digits, capsys):
         return [sum(operations.names.values()) for operations in (fuse, forward, backward)]
 
     model = ModRWKV(Config())
-    samples = [model.sample(record) for record in read_records(digits / "train.jsonl")[:64]]
+    samples = [record_sample(model, record) for record in read_records(digits / "train.jsonl")[:64]]
     counts = count(model, samples)
     with capsys.disabled():
         print("\noperations at batch 64: {} in fuse, {} forward, {} backward".format(*counts))
     assert len(samples) == 64 and counts == count(model, samples[:8])
-    assert counts[0] <= 30 and counts[1] <= 160 and counts[2] <= 320  # 482, 617 and 592 before there was a gather
+    assert counts[0] <= 30 and counts[1] <= 160 and counts[2] <= 320
     model = ModRWKV(dataclasses.replace(SMALL, scan="multi", n_layer=4))
     mixed = [
         [picture(i, 1 + i % 5), sound(i, 9 + i), series(i, 5 + i), text("a" * i), ("answer", [20] * (1 + i))]
@@ -1848,7 +1774,8 @@ def test_operations_do_not_grow_with_the_batch(digits, capsys):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-5), (torch.bfloat16, 0.03)])
-def test_a_model_in_another_precision(dtype, tolerance):
+def test_precision(dtype, tolerance):
+    """Logits against those in float32; the state stays in float32 at least."""
     segments = [text("what is this?"), picture(1), text(" Assistant:")]
     model = randomise(ModRWKV(SMALL))
     exact = model([segments])[0]
@@ -1875,7 +1802,8 @@ def script(monkeypatch, tokens):
 
 @pytest.mark.parametrize("how", [{}, {"temperature": 3.0, "top_k": 1}, {"temperature": 3.0, "top_p": 1e-6}], ids=str)
 @torch.no_grad()
-def test_greedy_is_the_argmax_of_full_passes(model, how, monkeypatch):
+def test_greedy_decoding(model, how, monkeypatch):
+    """Against the argmax of full passes."""
     picked, pick = [], modrwkv.pick
     monkeypatch.setattr(modrwkv, "pick", lambda *a: picked.append(pick(*a)) or picked[-1])
     segments = [text("User: "), picture(3, 6), text("?\n\nAssistant:")]
@@ -1886,58 +1814,45 @@ def test_greedy_is_the_argmax_of_full_passes(model, how, monkeypatch):
     assert len(set(map(int, picked))) > 2
 
 
-@pytest.mark.parametrize(
-    "tokens,how,pieces,read",
-    [
-        (
-            codes("a\nb\n\nc"),
-            {},
-            ["a", "", "\nb", "", ""],
-            codes("a\nb\n\n"),
-        ),  # what may be the start of the end is held back
-        (codes("\n\n"), {}, ["", ""], codes("\n\n")),
-        ([98, 257, 99], {}, ["a", ""], [98, 257]),
-        (codes("a\n") + [0], {}, ["a", "", "\n"], codes("a\n") + [257]),
-        ([0], {}, [""], [257]),
-        (codes("aaa"), {"max_new_tokens": 3}, ["a", "a", "a"], codes("aaa") + [257]),
-        (codes("a\n"), {"max_new_tokens": 2}, ["a", "\n"], codes("a\n") + [257]),
-        (codes("a\n\nb") + [0], {"end": None}, ["a", "\n", "\n", "b", ""], codes("a\n\nb")),
-        (codes("a\n\nb"), {"end": None, "max_new_tokens": 4}, ["a", "\n", "\n", "b"], codes("a\n\nb")),
-        (
-            codes("é中🙂") + [0],
-            {},
-            ["", "é", "", "", "中", "", "", "", "🙂", ""],
-            codes("é中🙂") + [257],
-        ),  # no character is split
-        (codes(b"\xe4\xb8a") + [0], {}, ["", "", "\ufffda", ""], codes(b"\xe4\xb8a") + [257]),
-        (
-            codes("ab中"),
-            {"max_new_tokens": 4},
-            ["a", "b", "", "\ufffd"],
-            codes("ab中")[:4] + [257],
-        ),  # there is no more to wait for
-    ],
-)
+ANSWERS = [  # tokens that the model gives, settings, pieces of text, and tokens that the state has seen
+    (codes("a\nb\n\nc"), {}, ["a", "", "\nb", "", ""], codes("a\nb\n\n")),  # what may begin the end is held back
+    (codes("\n\n"), {}, ["", ""], codes("\n\n")),
+    ([98, 257, 99], {}, ["a", ""], [98, 257]),
+    (codes("a\n") + [0], {}, ["a", "", "\n"], codes("a\n") + [257]),
+    ([0], {}, [""], [257]),
+    (codes("aaa"), {"max_new_tokens": 3}, ["a", "a", "a"], codes("aaa") + [257]),
+    (codes("a\n"), {"max_new_tokens": 2}, ["a", "\n"], codes("a\n") + [257]),
+    (codes("a\n\nb") + [0], {"end": None}, ["a", "\n", "\n", "b", ""], codes("a\n\nb")),
+    (codes("a\n\nb"), {"end": None, "max_new_tokens": 4}, ["a", "\n", "\n", "b"], codes("a\n\nb")),
+    (codes("é中🙂") + [0], {}, ["", "é", "", "", "中", "", "", "", "🙂", ""], codes("é中🙂") + [257]),
+    (codes(b"\xe4\xb8a") + [0], {}, ["", "", "\ufffda", ""], codes(b"\xe4\xb8a") + [257]),
+    (codes("ab中"), {"max_new_tokens": 4}, ["a", "b", "", "\ufffd"], codes("ab中")[:4] + [257]),  # no more to wait for
+]
+
+
+@pytest.mark.parametrize("tokens,how,pieces,read", ANSWERS)
 @torch.no_grad()
-def test_an_answer_its_end_and_the_state_after_it(model, monkeypatch, tokens, how, pieces, read):
-    """Of tokens that the model gives; `read` is what the state has seen."""
+def test_answer_and_the_state_after_it(model, monkeypatch, tokens, how, pieces, read):
+    """Against the pieces spelled out, and the state of one pass over all that was read, also where a chat goes on."""
     segments = [picture(1, 4), text("hello")]
     script(monkeypatch, tokens)
     got, state = answer(model, segments, **how)
     assert got == pieces
     assert_state_equal(state, model([segments + [("text", read)]])[1])
-    script(monkeypatch, tokens)  # a chat goes on from there
+    script(monkeypatch, tokens)
     _, state = answer(model, [text("more")], state, **how)
     assert_state_equal(state, model([segments + [("text", read), text("more"), ("text", read)]])[1])
 
 
-def test_end_of_a_batch(model, monkeypatch):
+def test_answers_of_a_batch_end_one_by_one(model, monkeypatch):
+    """Against the pieces spelled out."""
     script(monkeypatch, [98, 99, 0, 99, 100, 11, 100, 11])  # by turns the first and the second answer
     assert list(generate_text(model, [[text("x")], [text("yy")]])) == [["a", "b"], ["", "b"], ["", ""], ["", ""]]
     assert "max_new_tokens" in refusal(answer, model, [text("x")], max_new_tokens=0)
 
 
 def test_end_inside_longer_tokens(tmp_path, monkeypatch):
+    """Against the pieces spelled out, with a vocabulary that joins the end to other text."""
     entries = [bytes([b]) for b in range(256)] + [b"\n\n", "。\n".encode(), b"a\n\nUser"]
     (tmp_path / "vocab").write_text("".join(f"{i + 1} {e!r} {len(e)}\n" for i, e in enumerate(entries)))
     model = ModRWKV(dataclasses.replace(SMALL, tokenizer=str(tmp_path / "vocab")), vocab_size=300)
@@ -1947,253 +1862,116 @@ def test_end_inside_longer_tokens(tmp_path, monkeypatch):
 
 
 P = [0.1, 0.5, 0.15, 0.25]
-FIRST, TWO = [0, 1, 0, 0], [0, 2 / 3, 0, 1 / 3]
-CHOICES = [
-    ({}, P),
-    ({"temperature": 0.5}, np.square(P) / np.square(P).sum()),
-    ({"temperature": 2.0}, np.sqrt(P) / np.sqrt(P).sum()),
-]
+FIRST, TWO, THREE = [0, 1, 0, 0], [0, 2 / 3, 0, 1 / 3], [0, 5 / 9, 1.5 / 9, 2.5 / 9]
+CHOICES = [({"temperature": 1 / n}, np.power(P, n) / np.power(P, n).sum()) for n in (1, 2, 0.5)]
 CHOICES += [({"temperature": 0.0}, FIRST), ({"temperature": 1e-9}, FIRST), ({"temperature": 5.0, "top_k": 1}, FIRST)]
 CHOICES += [({"top_k": 2}, TWO), ({"top_k": 100}, P), ({"top_k": 3, "top_p": 0.7}, TWO)]
-CHOICES += [
-    ({"top_p": 0.0}, FIRST),
-    ({"top_p": 0.4}, FIRST),
-    ({"top_p": 0.6}, TWO),
-    ({"top_p": 0.8}, [0, 5 / 9, 1.5 / 9, 2.5 / 9]),
-]
+CHOICES += [({"top_p": p}, want) for p, want in ((0.0, FIRST), (0.4, FIRST), (0.6, TWO), (0.8, THREE))]
 
 
 @pytest.mark.parametrize("how,want", CHOICES, ids=str)
-def test_pick_has_the_right_distribution(how, want):
+def test_sampling_distribution(how, want):
+    """1,500 tokens against the probabilities by hand, to nearly four standard deviations."""
     how = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "generator": torch.Generator().manual_seed(0)} | how
     logits = torch.tensor(P, dtype=torch.float64).log().float() + 3
     got = np.bincount([modrwkv.pick(logits, **how).item() for _ in range(1500)], minlength=len(P)) / 1500
     assert (got[np.array(want) == 0] == 0).all()
-    assert abs(got - want).max() < 0.05  # nearly four standard deviations
+    assert abs(got - want).max() < 0.05
 
 
 # ---------------------------------------------------------------------------------------------- scanning, prompts, losses, freezing
 
 
 def test_scan_orders_of_a_grid():
-    span = range(10, 22)  # 3 rows of 4
+    """Against numpy's transpose of 3 rows of 4, and by hand where windows end on some patches only."""
+    span = range(10, 22)
     forward, backward, down, up = map(list, modrwkv.scan(span, range(12), 4))
     assert forward == list(span) and backward == forward[::-1] and up == down[::-1]
-    assert np.array_equal(np.array(down).reshape(4, 3), np.arange(10, 22).reshape(3, 4).T)
-    ends = Adapter(8, 8, 1, 3, 2).window_ends(12)  # 1, 3, 5, ...: the second and last column of each row
-    assert list(ends) == [1, 3, 5, 7, 9, 11]
+    assert down == np.arange(10, 22).reshape(3, 4).T.flatten().tolist()
+    ends = [1, 3, 5, 7, 9, 11]  # the second and last column of each row
     assert list(modrwkv.scan(range(6), ends, 4)[2]) == [0, 2, 4, 1, 3, 5]
     assert list(modrwkv.scan(range(4), range(4), 4)[2]) == [0, 1, 2, 3]  # one row: down is forward
-
-
-@pytest.mark.parametrize("kernel,stride", [(0, 1), (3, 2), (6, 2), (4, 3)])
-@pytest.mark.parametrize("n", [1, 2, 5, 12])
-def test_windows_end_where_the_adapter_says(kernel, stride, n):
-    adapter = randomise(Adapter(4, 8, 8, kernel, stride)).double()
-    x = torch.randn(n, 4, dtype=torch.double).requires_grad_()
-    [y] = adapted(adapter, [x])
-    ends = adapter.window_ends(n)
-    assert len(ends) == len(y) == adapter.length(n)
-    for vector, end in zip(y, ends):
-        [g] = torch.autograd.grad(vector.sum(), x, retain_graph=True)
-        assert g[end].any() and not g[end + 1 :].any()
-
-
-def scanner(rwkv, scan, kernel=0, n_layer=5):
-    config = dataclasses.replace(SMALL, rwkv=rwkv, scan=scan, n_layer=n_layer, patch_height=8, conv_kernel=kernel)
-    return randomise(ModRWKV(config)).double()
-
-
-SCANNERS = functools.cache(scanner)
 
 
 @pytest.mark.parametrize("rwkv", [5, 6, 7])
 @pytest.mark.parametrize("scan", ["uni", "bi", "multi"])
 @torch.no_grad()
-def test_layers_read_pictures_in_turns(rwkv, scan):
-    """Against blocks that are given each sample by itself, its picture's vectors turned round before and back after."""
-    model = SCANNERS(rwkv, scan)
+def test_scan_by_layers(rwkv, scan):
+    """Against blocks that are given each sample alone, its pictures' vectors reordered before and put back after."""
+    model = scanner(rwkv, scan, 0)
     samples = [[text("a"), picture(1, 3), text("bc"), picture(2, 2), text("d")], [picture(3, 4), text("efg")]]
-    logits, _ = model(samples)
-    for got, segments in zip(logits, samples):
-        x = model.fuse([segments])[0]
-        v_first, at = None, 0
-        grids = []
+    for got, segments in zip(model(samples)[0], samples):
+        x, v_first, at = model.fuse([segments])[0], None, 0
+        orders = np.tile(np.arange(x.shape[1]), ({"uni": 1, "bi": 2, "multi": 4}[scan], 1))
         for kind, data in segments:
-            n = len(data) if kind == "text" else model.length([(kind, data)])
+            n = model.length([(kind, data)])
             if kind == "image":
-                grids.append((at, n, data.shape[2] // 8))
+                forward = np.arange(at, at + n)
+                down = forward.reshape(-1, data.shape[2] // 8).T.flatten()
+                orders[:, at : at + n] = [forward, forward[::-1], down, down[::-1]][: len(orders)]
             at += n
         for layer, block in enumerate(model.blocks):
-            direction = {"uni": "f", "bi": "fb", "multi": "fbdu"}[scan]
-            direction = direction[layer % len(direction)]
-
-            def turned(x, back=False):
-                x = x.clone()
-                for at, n, columns in grids:
-                    part = x[:, at : at + n]
-                    if direction in "bu" and back:
-                        part = part.flip(1)
-                    if direction in "du":
-                        shape = (columns, n // columns) if back else (n // columns, columns)
-                        part = part.unflatten(1, shape).transpose(1, 2).flatten(1, 2)
-                    if direction in "bu" and not back:
-                        part = part.flip(1)
-                    x[:, at : at + n] = part
-                return x
-
-            y, v, _ = block(turned(x), None if v_first is None else turned(v_first), (None, None, None), None)
-            x = turned(y, back=True)
-            if layer == 0:
-                v_first = v
+            order = torch.from_numpy(orders[layer % len(orders)])
+            v = None if v_first is None else v_first[:, order]
+            y, v, _ = block(x[:, order], v, (None, None, None), None)
+            x, v_first = y[:, order.argsort()], v if layer == 0 else v_first
         assert distance(got[: x.shape[1]], model.head(model.ln_out(x))[0]) < 1e-9
 
 
-@trials(15)
-@given(
-    rwkv=st.sampled_from([5, 6, 7]),
-    scan=st.sampled_from(["uni", "bi", "multi"]),
-    kernel=st.sampled_from([0, 3]),
-    plans=st.lists(st.lists(st.sampled_from([1, 2, 3, -1, -3]), min_size=1, max_size=4), min_size=1, max_size=3),
-    seed=SEEDS,
-)
-@torch.no_grad()
-def test_prefill_and_decoding_are_the_full_pass(rwkv, scan, kernel, plans, seed):
-    """A ragged batch with pictures anywhere, each sample cut between its segments, then token by token."""
-    model = SCANNERS(rwkv, scan, kernel)
-    samples = []
-    for i, plan in enumerate(plans):
-        samples.append(
-            [picture(seed % 1000 + j, n) if n > 0 else text("xyz"[:-n]) for j, n in enumerate(plan)] + [text("end")]
-        )
-    batched, batch_state = model(samples)
-    for i, segments in enumerate(samples):
-        whole, state = model([segments])
-        n = whole.shape[1]
-        assert distance(batched[i, :n], whole[0]) < 1e-6
-        for got, want in zip(batch_state, state):
-            assert all(distance(x[i], y[0]) < 1e-6 for x, y in zip(got, want))
-        parts, s = [], None
-        for segment in segments[:-1]:
-            z, s = model([[segment]], s)
-            parts.append(z)
-        for token in segments[-1][1]:
-            z, s = model(torch.tensor([[token]]), s)
-            parts.append(z)
-        assert distance(torch.cat(parts, 1), whole) < 1e-6
-        for got, want in zip(s, state):
-            assert all(distance(x, y) < 1e-6 for x, y in zip(got, want))
+SHORT = "Answer the question using a single word or phrase."
+LOOK = ["Look:\n<image>\nWhat is it?", "Which colour?"]
 
 
 @pytest.mark.parametrize(
-    "style,want",
+    "style,questions,want",
     [
-        (
-            "written",
-            "User: Look:\n<image>\nWhat is it?\n\nAssistant:[ A cat.\n\n]User: Which colour?\n\nAssistant:[ Grey.\n\n]",
-        ),
-        (
-            "first",
-            "User: <image>\nLook:\n\nWhat is it?\n\nAssistant:[ A cat.\n\n]User: Which colour?\n\nAssistant:[ Grey.\n\n]",
-        ),
-        (
-            "last",
-            "User: Look:\n\nWhat is it?\n<image>\n\nAssistant:[ A cat.\n\n]User: Which colour?\n\nAssistant:[ Grey.\n\n]",
-        ),
-        (
-            "sandwich",
-            "User: Look:\n\nWhat is it?\nWhich colour?\n<image>\nLook:\n\nWhat is it?\n\nAssistant:[ A cat.\n\n]"
-            "User: Which colour?\n\nAssistant:[ Grey.\n\n]",
-        ),
+        ("written", LOOK, "Look:\n<image>\nWhat is it?"),
+        ("first", LOOK, "<image>\nLook:\nWhat is it?"),
+        ("last", LOOK, "Look:\nWhat is it?\n<image>"),
+        ("sandwich", LOOK, "Look:\nWhat is it?\nWhich colour?\n<image>\nLook:\nWhat is it?"),
+        ("sandwich", [f"<image>\nSame as <image>?\n{SHORT}"], f"Same as ?\n<image>\n<image>\nSame as ?\n{SHORT}"),
+        ("first", ["Same as <image> or <image>?"], "<image>\n<image>\nSame as  or ?"),
+        ("sandwich", ["No picture?"], "No picture?"),
     ],
 )
-def test_prompt_styles(style, want):
-    turns = [("Look:\n<image>\nWhat is it?", "A cat."), ("Which colour?", "Grey.")]
-    want = want.replace("Look:\n\nWhat", "Look:\nWhat")  # an empty line would end the turn
-    segments = conversation(dataclasses.replace(SMALL, prompt_style=style), turns, iter([picture(0)]))
-    assert spell(segments) == want
+def test_prompt_styles(style, questions, want):
+    """Against the first question spelled out; those after it stay as they are."""
+    config, media = dataclasses.replace(SMALL, prompt_style=style), iter([picture(0), picture(1)])
+    got = spell(conversation(config, [(question, "A.") for question in questions], media))
+    assert got == "".join(f"User: {question}\n\nAssistant:[ A.\n\n]" for question in [want, *questions[1:]])
 
 
-def test_prompt_styles_of_several_pictures_and_short_answers():
-    config = lambda style: dataclasses.replace(SMALL, prompt_style=style)
-    ask = lambda style, *turns: spell(
-        conversation(config(style), [(q, None) for q in turns], iter([picture(i) for i in range(2)]))
-    )
-    short = "Answer the question using a single word or phrase."
-    assert (
-        ask("sandwich", f"<image>\nSame as <image>?\n{short}")
-        == f"User: Same as ?\n<image>\n<image>\nSame as ?\n{short}\n\nAssistant:"
-    )
-    assert ask("first", "Same as <image> or <image>?") == "User: <image>\n<image>\nSame as  or ?\n\nAssistant:"
-    assert ask("sandwich", "No picture?") == "User: No picture?\n\nAssistant:"
-
-
-@pytest.mark.parametrize("rwkv", [6, 7])
-@pytest.mark.parametrize("scan", ["uni", "multi"])
-def test_blocks_that_run_twice_learn_the_same(rwkv, scan):
-    """Activation checkpointing, with pictures that layers reorder, samples of unequal length and a forecast in one batch."""
-    model = (
-        randomise(ModRWKV(dataclasses.replace(SMALL, rwkv=rwkv, scan=scan, n_layer=4, adapter_scale=1)))
-        .double()
-        .train()
-    )
-    samples = [
-        [text("ab"), picture(1, 4), ("answer", codes("cd"))],
-        [("answer", codes("a longer one, without a picture"))],
-    ]
-    samples.append(
-        model.window(torch.randn(90, generator=torch.Generator().manual_seed(1)).double(), random.Random(1))[:1]
-    )
-    found, sizes = [], []
+@pytest.mark.parametrize("rwkv,scan", itertools.product((6, 7), ("uni", "multi")))
+def test_activation_checkpointing(rwkv, scan):
+    """Loss and gradients against those without it, which keeps 4 times as many bytes between the passes."""
+    config = dataclasses.replace(SMALL, rwkv=rwkv, scan=scan, n_layer=4, adapter_scale=1)
+    model = randomise(ModRWKV(config)).double().train()
+    samples = [[text("ab"), picture(1, 4), ("answer", codes("cd"))], [("answer", codes("a longer one, no picture"))]]
+    samples.append(model.window(walk(90), random.Random(1)))
+    parameters, found, sizes = list(model.parameters()), [], []
     for model.checkpoint_activations in (False, True):
-        kept = {}  # of storages, what autograd keeps between the passes
-        keep = lambda x: kept.update({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes()}) or x
+        kept = {}
+
+        def keep(x):
+            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             loss = model.loss(samples)
-        model.zero_grad()
-        loss.backward()
-        found.append(
-            {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-            | {"loss": loss.detach()}
-        )
-        sizes.append(
-            sum(kept.values())
-            - sum(p.untyped_storage().nbytes() for p in model.parameters() if p.untyped_storage().data_ptr() in kept)
-        )
-    assert found[0].keys() == found[1].keys() and len(found[0]) > 100
-    assert all(torch.equal(found[1][name], x) for name, x in found[0].items())
+        found.append((loss, *torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)))
+        own = {p.untyped_storage().data_ptr() for p in parameters}
+        sizes.append(sum(size for pointer, size in kept.items() if pointer not in own))
+    assert sum(bool(x.any()) for x in found[0]) > 100 and all(map(torch.equal, *found))
     assert sizes[1] < sizes[0] / 4
 
 
-def test_loss_reductions_and_l2wrap(model):
-    samples = [[text("ab"), ("answer", codes("cdef"))], [text("a"), ("answer", codes("b"))], [text("only")]]
-    with torch.no_grad():
-        logits, _ = model(samples)
-    learned = ((logits[0, 1:5], "cdef"), (logits[1, 0:1], "b"))
-    ce = [F.cross_entropy(z.float(), torch.tensor(codes(string)), reduction="none") for z, string in learned]
-    assert model.loss(samples).item() == pytest.approx(torch.cat(ce).mean().item(), rel=1e-5)
-    assert model.loss(samples, reduction="sample").item() == pytest.approx(
-        (ce[0].mean() + ce[1].mean()).item() / 2, rel=1e-5
-    )
-    assert model.loss(samples, 7, "sample").item() == pytest.approx((ce[0].mean() + ce[1].mean()).item() / 7, rel=1e-5)
-    largest = torch.cat([logits[0, 1:5], logits[1, 0:1]]).float().max(-1).values
-    wrap = (model.loss(samples, l2wrap=0.1) - model.loss(samples)).item()
-    assert wrap == pytest.approx((0.05 * largest**2).mean().item(), rel=1e-3)
-
-
-@pytest.mark.parametrize(
-    "names,frozen",
-    [
-        ("emb", ["emb.weight"]),
-        ("blocks.0", ["blocks.0.att.r_k", "blocks.0.ln0.weight"]),
-        ("adapter,head", ["adapter.image.conv.weight", "head.weight"]),
-    ],
-)
-def test_freezing_by_name(names, frozen):
-    model = ModRWKV(SMALL)
-    modrwkv.freeze(model, "all", names)
-    still = {name for name, p in model.named_parameters() if not p.requires_grad}
-    assert set(frozen) <= still and all(any(n == x or n.startswith(x + ".") for x in names.split(",")) for n in still)
+def test_freezing_by_name():
+    """Against the parameters whose names begin so; a name that none begins with is an error."""
+    for names in ("emb", "blocks.0", "adapter,head"):
+        model = ModRWKV(SMALL)
+        modrwkv.freeze(model, "all", names)
+        for name, p in model.named_parameters():
+            assert p.requires_grad != name.startswith(tuple(f"{start}." for start in names.split(",")))
     assert "no parameter is called blocks.7" in refusal(modrwkv.freeze, model, "all", "blocks.7")
     assert "rwkv=4 is not one of 5, 6, 7" in refusal(ModRWKV, dataclasses.replace(SMALL, rwkv=4))
 
