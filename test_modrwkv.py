@@ -305,24 +305,18 @@ def spell(segments):
     return string
 
 
-@pytest.mark.parametrize(
-    "template,want,written_down",
-    [
-        ("world", "User: hi\n\nAssistant:[ hello\n\n]User: who?\n\nAssistant:[ me\n\n]", "Assistant:[ yes\n\n]"),
-        ("v1", "\x16User: hi\x17Assistant:[ hello\x17]User: who?\x17Assistant:[ me\x17]", "\x16Assistant:[ yes\x17]"),
-        (
-            "v2",
-            "\x16User: hi\x17\x16Assistant:[ hello\x17]\x16User: who?\x17\x16Assistant:[ me\x17]",
-            "\x16Assistant:[ yes\x17]",
-        ),
-        (
-            "v3",
-            "\x16User:hi\x17\x16Assistant:[hello\x17]\x16User:who?\x17\x16Assistant:[me\x17]",
-            "\x16Assistant:[yes\x17]",
-        ),
-    ],
-)
-def test_templates(template, want, written_down):
+TURNS = {
+    "world": "User: hi\n\nAssistant:[ hello\n\n]User: who?\n\nAssistant:[ me\n\n]",
+    "v1": "\x16User: hi\x17Assistant:[ hello\x17]User: who?\x17Assistant:[ me\x17]",
+    "v2": "\x16User: hi\x17\x16Assistant:[ hello\x17]\x16User: who?\x17\x16Assistant:[ me\x17]",
+    "v3": "\x16User:hi\x17\x16Assistant:[hello\x17]\x16User:who?\x17\x16Assistant:[me\x17]",
+}
+TRANSCRIPTS = {template: "<A>\x16Assistant:[ yes\x17]" for template in ("v1", "v2")}
+TRANSCRIPTS |= {"world": "<A>Assistant:[ yes\n\n]", "v3": "<A>\x16Assistant:[yes\x17]"}
+
+
+@pytest.mark.parametrize("template,want", TURNS.items())
+def test_templates(template, want):
     """Against the turns spelled out; a transcription task, a sound and nothing asked, has no question."""
     config = dataclasses.replace(SMALL, template=template)
     assert spell(conversation(config, [("hi", "hello"), ("who?", "me")], iter(()))) == want
@@ -330,7 +324,7 @@ def test_templates(template, want, written_down):
     assert spell(later) == want.split("]")[1].split("[")[0]
     for style in PROMPT_STYLES:
         config = dataclasses.replace(SMALL, template=template, prompt_style=style)
-        assert spell(conversation(config, [("<audio>\n", "yes")], iter([("audio", "A")]))) == "<A>" + written_down
+        assert spell(conversation(config, [("<audio>\n", "yes")], iter([("audio", "A")]))) == TRANSCRIPTS[template]
         assert "Why?" in spell(conversation(config, [("<audio>\nWhy?", "yes")], iter([("audio", "A")])))
 
 
@@ -355,7 +349,7 @@ def test_no_message_ends_its_turn(template, message):
 
 
 def test_records_as_llava_writes_them(tmp_path, model):
-    """Against the pictures read by themselves; paths are relative to the file, and a record can be read again."""
+    """Against the media read by themselves; paths are relative to the file, and a record can be read again."""
     (tmp_path / "sub").mkdir()
     files, encoder = ["sub/x.png", "sub/y.png"], model.encoder["image"]
     x, y = (load_media(encoder, stored(drawing(at=(at, 8)), tmp_path / file)) for at, file in zip((10, 30), files))
@@ -371,6 +365,11 @@ def test_records_as_llava_writes_them(tmp_path, model):
             assert torch.equal(first, x) and torch.equal(second, y)
         assert record_sample(model, text) == [("answer", [98, 99, 257, 100, 0])]  # id 0 ends a document
         assert record_sample(model, more) == [("answer", [101, 0])]
+    (tmp_path / "x.csv").write_text("a\n1\n2\n")
+    records = [{"series": past, "target": [3, 4]} for past in ("x.csv", [1, 2])] + [{"target": [1, 2, 3, 4]}]
+    for record in read_records(jsonl(tmp_path / "y.jsonl", *records)):
+        [(kind, points)] = record_sample(model, record)
+        assert kind == "forecast" and points.tolist() == [1, 2, 3, 4]
 
 
 def test_question_puts_media_first(tmp_path, model):
@@ -1059,17 +1058,17 @@ def test_sizes_are_read_off_an_official_checkpoint(tmp_path):
         assert torch.equal(x, weights[name]) and torch.equal(x, seeing.state_dict()[name])
 
 
-def test_initial_values():
+@pytest.mark.parametrize("L,C,N,V", [(3, 128, 64, 260), (1, 16, 16, 8)])  # also V < C and rank > C
+def test_initial_values(L, C, N, V):
     """Against the formulas of the official training code, in numpy."""
     torch.manual_seed(0)
-    L, C, N = 3, 128, 64
-    z = {name: x.double().numpy() for name, x in ModRWKV(Config(n_layer=L, n_embd=C, head_size=N)).state_dict().items()}
+    z = arrays(ModRWKV(Config(n_layer=L, n_embd=C, head_size=N), V))
     i = np.arange(C)
     q, lin, zz = i / C, i / (C - 1) - 0.5, (i % N - (N - 1) / 2) / ((N - 1) / 2)
     zigzag = zz * abs(zz)
-    want, gains = {"ln_out.weight": 1, "ln_out.bias": 0}, {"head.weight": 0.5 * math.sqrt(len(z["emb.weight"]) / C)}
+    want, gains = {"ln_out.weight": 1, "ln_out.bias": 0}, {"head.weight": 0.5 * max(1, V / C) ** 0.5}
     for layer in range(L):
-        block, att, rho0, rho1 = f"blocks.{layer}.", f"blocks.{layer}.att.", layer / (L - 1), 1 - layer / L
+        block, att, rho0, rho1 = f"blocks.{layer}.", f"blocks.{layer}.att.", layer / max(1, L - 1), 1 - layer / L
         powers = dict(r=0.2, g=0.2, w=0.9, a=0.9, k=0.7, v=0.7)
         want |= {f"{att}x_{s}": 1 - q ** (p * rho1) for s, p in powers.items()}
         want[f"{att}w0"] = -6 + 6 * (i / (C - 1)) ** (1 + rho0**0.3) + 0.5 + 2.5 * zigzag
@@ -1081,26 +1080,17 @@ def test_initial_values():
         for norm in ("ln1", "ln2") if layer else ("ln0", "ln1", "ln2"):
             want |= {f"{block}{norm}.weight": 1, f"{block}{norm}.bias": 0}
         for s in "wavg" if layer else "wag":
-            want[f"{att}{s}1"], gains[f"{att}{s}2"] = 0, 0.1
+            want[f"{att}{s}1"], gains[f"{att}{s}2"] = 0, 0.1 * max(1, len(z[f"{att}{s}2"]) / C) ** 0.5
         gains |= {f"{att}{s}.weight": gain for s, gain in dict(receptance=1, key=0.1, value=1, output=0).items()}
         gains[f"{block}ffn.key.weight"] = 1
     for name, x in want.items():
         assert np.allclose(z[name].squeeze(), x, rtol=0, atol=2e-6), name
     for name, gain in gains.items():  # orthogonal
         x = z[name] if len(z[name]) <= z[name].shape[1] else z[name].T
-        assert np.allclose(x @ x.T, gain**2 * np.eye(len(x)), atol=1e-6 if gain == 0.1 else 1e-5), name
-    assert abs(z["emb.weight"]).max() <= 1e-4 and z["emb.weight"].std() == pytest.approx(1e-4 / 3**0.5, rel=0.02)
+        assert np.allclose(x @ x.T, gain**2 * np.eye(len(x)), atol=1e-6 if gain < 0.2 else 1e-5), name
+    assert abs(z["emb.weight"]).max() <= 1e-4
+    assert z["emb.weight"].std() == pytest.approx(1e-4 / 3**0.5, rel=0.02 if V > C else 0.1)
     assert {"emb.weight", *want, *gains} == {name for name in z if not name.startswith(("encoder.", "adapter."))}
-
-
-def test_initial_values_of_one_narrow_layer():
-    """Finite where depth is 0 of 0; the gains of orthogonal matrices where V < C and rank > C."""
-    torch.manual_seed(0)
-    narrow = ModRWKV(Config(n_layer=1, n_embd=16, head_size=16, image_encoder="none"), vocab_size=8)
-    assert all(x.isfinite().all() for x in narrow.state_dict().values())
-    head, w2 = narrow.head.weight.double(), narrow.blocks[0].att.w2.double()
-    assert torch.allclose(head @ head.T, 0.5**2 * torch.eye(8).double(), atol=1e-6)
-    assert w2.shape == (32, 16) and torch.allclose(w2.T @ w2, 0.1**2 * 2 * torch.eye(16).double(), atol=1e-6)
 
 
 def test_lora_ranks():
@@ -1180,15 +1170,14 @@ def test_transparent_pixels_are_white(tmp_path):
 
 @pytest.mark.parametrize("trim", [True, False])
 @pytest.mark.parametrize("patch_width", [4, 12, 32])
-@pytest.mark.parametrize("size", [(1, 1), (5000, 3), (3, 5000), (700, 1), (1, 700), (513, 32), (33, 31)])
-def test_picture_of_any_size(size, patch_width, trim):
-    """Whole patches, 32 pixels high and no more than 16 times as wide; shapes by hand."""
-    encoder = PatchEncoder(Config(encoder_width=64, patch_width=patch_width, image_trim=trim))
-    x = load_media(encoder, noise(*size))
-    assert x.shape[:2] == (3, 32) and x.shape[2] % patch_width == 0
-    assert 1 <= x.shape[2] / patch_width == encoder.length(x) <= 16 * 32 / patch_width + 1
-    [y] = features(encoder, [x])
-    assert y.shape == (encoder.length(x), 64) and y.isfinite().all()
+def test_picture_of_any_size(patch_width, trim):
+    """Whole patches, 32 pixels high and no more than 16 times as wide."""
+    encoder = PatchEncoder(Config(patch_width=patch_width, image_trim=trim))
+    for size in ((1, 1), (5000, 3), (3, 5000), (700, 1), (1, 700), (513, 32), (33, 31)):
+        x = load_media(encoder, noise(*size))
+        n = encoder.length(x)
+        assert x.shape == (3, 32, n * patch_width) and 1 <= n <= 16 * 32 / patch_width + 1
+        assert features(encoder, [x])[0].shape == (n, 128) and features(encoder, [x])[0].isfinite().all()
 
 
 def test_picture_is_scaled_and_trimmed():
@@ -1287,30 +1276,20 @@ def test_positions_of_a_series(kind, model):
     assert model.adapter["series"].place.shape == (12, 64) and model.adapter["image"].place is None
 
 
-@pytest.mark.parametrize("n", [480, 1600, 16000 * 31])
-def test_log_mel_frames(n):
-    """Against transformers' WhisperFeatureExtractor, told not to cut a sound at 30 seconds."""
+@pytest.mark.parametrize("n,frames", [(1, 3), (480, 3), (1700, 11), (16000 * 31, 3100)])
+def test_log_mel_frames(n, frames):
+    """Against transformers' WhisperFeatureExtractor, told not to cut at 30 s, zeros filling up 3 hops and the last one."""
     from transformers import WhisperFeatureExtractor
 
-    x = torch.randn(n, generator=torch.Generator().manual_seed(n)) * torch.linspace(0, 0.5, n)
-    how = dict(sampling_rate=16000, padding="do_not_pad", truncation=False)
-    [theirs] = WhisperFeatureExtractor()(x.numpy(), **how)["input_features"]
+    x = torch.randn(n, generator=torch.Generator().manual_seed(n)) * torch.linspace(0.1, 0.5, n)
+    padded, how = F.pad(x, (0, 160 * frames - n)), dict(padding="do_not_pad", truncation=False)
+    [theirs] = WhisperFeatureExtractor()(padded.numpy(), sampling_rate=16000, **how)["input_features"]
     ours = load_media(MelEncoder(Config()), x)
-    assert ours.shape == theirs.shape and np.abs(ours.numpy() - theirs).max() < 1e-6
-
-
-def test_log_mel_frames_of_short_sounds():
-    """A click behind the last whole hop is heard, and one sample has the least number of frames."""
-    encoder, x = MelEncoder(Config()), torch.zeros(1700)
-    x[1650] = 1
-    assert load_media(encoder, x).shape == (80, 11) and load_media(encoder, x).std() > 0.1
-    assert load_media(encoder, x[:1]).shape[1] == 3 and load_media(encoder, x[:1]).isfinite().all()
+    assert ours.shape == theirs.shape == (80, frames) and np.abs(ours.numpy() - theirs).max() < 1e-6
 
 
 @pytest.mark.parametrize("rate", [8000, 11025, 16000, 44100, 48000])
-@pytest.mark.parametrize(
-    "kind,channels", [(kind, n) for kind in ("wav", "flac") for n in (1, 2, 6)] + [("ogg", 2), ("mp3", 2)]
-)
+@pytest.mark.parametrize("kind,channels", [("wav", 1), ("wav", 2), ("flac", 1), ("flac", 6), ("ogg", 2), ("mp3", 2)])
 def test_sound_of_any_kind(tmp_path, rate, kind, channels):
     """Against the sine that was written, the mean of its channels, at 16 kHz; mp3 is in whole blocks, in silence."""
     wave, exact = (0.4 * np.sin(2 * np.pi * 440 * np.arange(n // 2) / n) for n in (rate, 16000))
@@ -1471,12 +1450,12 @@ def test_timer_is_loaded_and_frozen(tmp_path, monkeypatch):
 
 @trials(60)
 @given(
-    n=st.integers(1, 60),
-    known=st.integers(1, 60),
-    gaps=st.floats(0, 1),
-    level=st.floats(-1e3, 1e3),
-    size=st.sampled_from([0, 1e-3, 1, 1e6]),
-    seed=SEEDS,
+    st.integers(1, 60),
+    st.integers(1, 60),
+    st.floats(0, 1),
+    st.floats(-1e3, 1e3),
+    st.sampled_from([0, 1e-3, 1, 1e6]),
+    SEEDS,
 )
 def test_normalise(n, known, gaps, level, size, seed):
     """Mean and deviation against numpy's, of a series with gaps; they undo it."""
@@ -1512,26 +1491,12 @@ def test_tables(tmp_path):
     errors |= {tmp_path / "none.csv": "No such file", (None, math.nan): "no numbers"}
     for series, words in errors.items():
         assert words in refusal(read_series, series)
-
-
-@pytest.mark.parametrize(
-    "content,words",
-    [
-        (b"", "no rows"),
-        (b"a,b\n", "no rows"),
-        (b"a\nx\n", "no column of numbers"),
-        (b"a,b\n1,2\n3\n", "line 3, has 1 values, not 2"),
-        (b"a\n1\n2\noops\n", "line 4: 'oops' in column a"),
-        (b"\xff\xfe\x00", "not a .csv"),
-        (b"1,2\n3,4\n", "no header"),
-    ],
-)
-def test_broken_tables(tmp_path, content, words):
-    """The error names the file, and the line."""
-    path = tmp_path / "x.csv"
-    path.write_bytes(content)
-    message = refusal(read_table, path)
-    assert str(path) in message and words in message
+    broken = {b"": "no rows", b"a,b\n": "no rows", b"\xff\xfe\x00": "not a .csv", b"1,2\n3,4\n": "no header"}
+    broken |= {b"a\nx\n": "no column of numbers", b"a,b\n1,2\n3\n": "line 3, has 1 values, not 2"}
+    for content, words in (broken | {b"a\n1\n2\noops\n": "line 4: 'oops' in column a"}).items():
+        path.write_bytes(content)
+        message = refusal(read_table, path)
+        assert str(path) in message and words in message
 
 
 # ---------------------------------------------------------------------------------------------- the model, generation
@@ -1565,9 +1530,9 @@ def test_loss(model):
     x, rng, losses, largest = walk(200), random.Random(1), [], []
     x[::17] = math.nan
     windows = [model.window(x, rng) for _ in range(3)]
-    for sample in words:
-        (logits, _), at, own = model([sample]), 0, []
-        for kind, data in sample:
+    for segments in words:
+        (logits, _), at, own = model([segments]), 0, []
+        for kind, data in segments:
             for z, token in zip(logits[0, at - 1 :].numpy(), data if kind == "answer" else ()):
                 own.append(np.log(np.exp(z).sum()) - z[token])
                 largest.append(z.max())
@@ -1579,7 +1544,7 @@ def test_loss(model):
         errors = np.where(errors < 1, errors**2 / 2, errors - 0.5) / 2 + errors / 2
         losses.append(list(np.nanmean(errors[~np.isnan(errors).all(1)], 1)))
     samples, together, means = words + windows, np.concatenate(losses), [np.mean(own) for own in losses if own]
-    assert list(map(len, losses)) == [n_targets(model, [sample]) for sample in samples] and len(together) > 16
+    assert list(map(len, losses)) == [n_targets(model, [x]) for x in samples] and len(together) > 16
     wrap = 0.1 / 2 * np.square(largest).sum() / len(together)
     assert model.loss(samples).item() == pytest.approx(together.mean(), rel=1e-6)
     assert model.loss(samples, 4).item() == pytest.approx(together.sum() / 4, rel=1e-6)
@@ -1639,15 +1604,6 @@ def test_forecast_units(model):
     assert "series encoder" in refusal(without.forecast, [x]) and "series encoder" in refusal(without.window, x)
 
 
-def test_forecast_record_with_its_past(model, tmp_path):
-    """Against the points in one list."""
-    (tmp_path / "x.csv").write_text("a\n1\n2\n")
-    records = [{"series": "x.csv", "target": [3, 4]}, {"series": [1, 2], "target": [3, 4]}, {"target": [1, 2, 3, 4]}]
-    for record in read_records(jsonl(tmp_path / "x.jsonl", *records)):
-        [(kind, points)] = record_sample(model, record)
-        assert kind == "forecast" and points.tolist() == [1, 2, 3, 4]
-
-
 def assert_state_equal(got, want):
     assert len(got) == len(want)
     for x, y in zip(itertools.chain(*got), itertools.chain(*want)):
@@ -1675,15 +1631,9 @@ def make_sample(plan, seed):
 
 
 @trials(20)
-@given(
-    rwkv=st.sampled_from([5, 6, 7]),
-    scan=st.sampled_from(["uni", "bi", "multi"]),
-    kernel=st.sampled_from([0, 3]),
-    plans=PLANS,
-    seed=SEEDS,
-)
-@example(rwkv=7, scan="uni", kernel=3, plans=[[("text", 120)], [("image", 20), ("text", 60), ("image", 9)]], seed=0)
-@example(rwkv=7, scan="uni", kernel=3, plans=[[("audio", 1)], [("audio", 40), ("image", 2), ("audio", 3)]], seed=0)
+@given(st.sampled_from([5, 6, 7]), st.sampled_from(["uni", "bi", "multi"]), st.sampled_from([0, 3]), PLANS, SEEDS)
+@example(7, "uni", 3, [[("text", 120)], [("image", 20), ("text", 60), ("image", 9)]], 0)
+@example(7, "uni", 3, [[("audio", 1)], [("audio", 40), ("image", 2), ("audio", 3)]], 0)
 @torch.no_grad()
 def test_batched_prefill_and_decoding(rwkv, scan, kernel, plans, seed):
     """Two ragged batches, one continuing the other, and segments and tokens one by one, against each sample in one pass."""
@@ -1941,7 +1891,7 @@ def test_prompt_styles(style, questions, want):
     assert got == "".join(f"User: {question}\n\nAssistant:[ A.\n\n]" for question in [want, *questions[1:]])
 
 
-@pytest.mark.parametrize("rwkv,scan", itertools.product((6, 7), ("uni", "multi")))
+@pytest.mark.parametrize("rwkv,scan", [(6, "uni"), (6, "multi"), (7, "uni"), (7, "multi")])
 def test_activation_checkpointing(rwkv, scan):
     """Loss and gradients against those without it, which keeps 4 times as many bytes between the passes."""
     config = dataclasses.replace(SMALL, rwkv=rwkv, scan=scan, n_layer=4, adapter_scale=1)
