@@ -1264,7 +1264,7 @@ def test_positions_of_a_series(kind, model):
 
 @pytest.mark.parametrize("n,frames", [(1, 3), (480, 3), (1700, 11), (16000 * 31, 3100)])
 def test_log_mel_frames(n, frames):
-    """Against transformers' WhisperFeatureExtractor, told not to cut at 30 s, zeros filling up 3 hops and the last one."""
+    """Against transformers' WhisperFeatureExtractor, without its cut at 30 s, of the sound filled up to whole hops."""
     from transformers import WhisperFeatureExtractor
 
     x = torch.randn(n, generator=torch.Generator().manual_seed(n)) * torch.linspace(0.1, 0.5, n)
@@ -1317,7 +1317,7 @@ def test_sound_that_cannot_be_read(tmp_path):
 
 @torch.no_grad()
 def test_mel_encoder():
-    """A batch of several lengths against F.conv1d on each sound alone, without each bin's mean and what is 40 dB down."""
+    """A batch against F.conv1d on each sound alone, without each bin's mean and what is 40 dB below the loudest."""
     encoder = randomise(MelEncoder(Config(encoder_width=8))).double()
     sounds, z = [sound(n, n)[1] for n in (1, 2, 7, 90, 16)], dict(encoder.named_parameters())
 
@@ -1487,14 +1487,14 @@ def test_tables(tmp_path):
 # ---------------------------------------------------------------------------------------------- the model, generation
 
 
-def walk(n, seed=0):
+def walk(n):
     """A random walk (n,) in float64."""
-    return torch.randn(n, generator=torch.Generator().manual_seed(seed)).double().cumsum(0)
+    return torch.randn(n, generator=torch.Generator().manual_seed(0)).double().cumsum(0)
 
 
 @torch.no_grad()
 def test_loss(model):
-    """Cross-entropies, and of forecasts half Huber's and half the absolute error, in numpy from one sample at a time."""
+    """Against cross-entropies, and of forecasts half Huber's and half the absolute error, in numpy, sample by sample."""
     words = [[picture(1, 7), text("what?"), ("answer", [20, 21, 22]), text("more"), ("answer", [23])]]
     words += [[text("hello"), ("answer", [24, 25, 26, 27, 28, 29])], [text("no answer")]]
     x, rng, losses, largest = walk(200), random.Random(1), [], []
@@ -1562,7 +1562,7 @@ def test_forecast_is_causal(model):
 
 
 def test_forecast_units(model):
-    """Against the forecast of the scaled series, of one alone, of a series that goes on, and the mean of an untrained model."""
+    """Against the forecasts of a scaled series, of one alone, of one that goes on, and an untrained model's mean."""
     x = walk(100)
     y = model.forecast([x, x[:20], list(x)])
     assert y.shape == (3, 12) and distance(y[2], y[0]) < 1e-9 and distance(y[1], model.forecast([x[:20]])[0]) < 1e-6
@@ -1607,7 +1607,7 @@ def make_sample(plan, seed):
 @example(7, "uni", 3, [[("audio", 1)], [("audio", 40), ("image", 2), ("audio", 3)]], 0)
 @torch.no_grad()
 def test_batched_prefill_and_decoding(rwkv, scan, kernel, plans, seed):
-    """Two ragged batches, one continuing the other, and segments and tokens one by one, against each sample in one pass."""
+    """Two ragged batches, one continuing the other, and segments and tokens one by one, against one pass a sample."""
     model = scanner(rwkv, scan, kernel)
     first = [make_sample(plan, seed + i) for i, plan in enumerate(plans)]
     second = [make_sample([("text", 2 + i)], seed) for i in range(len(plans))]
@@ -1663,7 +1663,7 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.skipif(not modrwkv.has_kernel("cpu"), reason="the recurrence without kernel.cu takes more, by length")
 def test_operations_do_not_grow_with_the_batch(digits, capsys):
-    """A large batch's counts against a small one's, of data/digits by default and of all media; none waits for a GPU."""
+    """A large batch's counts against a small one's, of data/digits and of all media; none waits for a GPU."""
 
     def count(model, samples):
         with Operations() as fuse:
