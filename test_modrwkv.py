@@ -1559,6 +1559,9 @@ def test_forecast_is_causal(model):
         _, mean, deviation = modrwkv.normalise(x[max(0, n - 60) : n - 12], scale=x[: n - 12].std(correction=0))
         ahead = model.forecast([x[: n - 12]])[0]
         assert distance(model.forecast_head(learned)[0] * deviation + mean, ahead) < 1e-5
+    rng = SimpleNamespace(randint=Mock(side_effect=[0, 29]), random=lambda: 1.0)  # mean and deviation see 29 points
+    [(_, (_, targets))] = model.window(x, rng)
+    assert (~targets.isnan()).any(1).tolist() == [4 * j + 4 >= 29 for j in range(12)]
 
 
 def test_forecast_units(model):
