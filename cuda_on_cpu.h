@@ -6,10 +6,13 @@
 // A warp then runs as far ahead of the other warps as the block's barriers let it; warps and lanes take turns in the order
 // CUDA_ON_CPU_ORDER says: 0 ascending, -1 descending, any other number seeds a random order. A program without races gives
 // bitwise equal results in all orders. To show others: shared memory starts as NaN, and a cp.async makes NaN of its target at
-// once, but copies only in the wait that makes it sure. A deadlock, a divergent barrier, misaligned copies and writes beyond
-// the shared memory that was asked for end the process with a message.
+// once, but copies only in the wait that makes it sure; with -DCUDA_ON_CPU_ARCH=75 it copies at once, as sm_75 does. A deadlock,
+// a divergent barrier, misaligned copies and writes beyond the shared memory that was asked for end the process with a message.
 #pragma once
 #define CUDA_ON_CPU
+#ifndef CUDA_ON_CPU_ARCH
+#define CUDA_ON_CPU_ARCH 80
+#endif
 #undef _FORTIFY_SOURCE  // it forbids longjmp from one stack to another
 #include <algorithm>
 #include <bit>
@@ -61,7 +64,7 @@ inline __half __float2half_rn(float x) {
 
 // ---- threads
 inline dim3 threadIdx, blockIdx;
-constexpr size_t SHARED_LIMIT = 99 << 10, GUARD = 4 << 10, STACK = 128 << 10;  // the limit of sm_120; a margin that nobody may write
+constexpr size_t SHARED_LIMIT = 64 << 10, GUARD = 4 << 10, STACK = 128 << 10;  // the limit of sm_75; a margin that nobody may write
 inline float4 shared_memory[(SHARED_LIMIT + GUARD) / 16];
 extern "C" { inline cudaStream_t last_stream; inline size_t last_shared; }  // of the last launch, for tests to see
 
@@ -161,7 +164,8 @@ inline void run_block(unsigned threads, size_t shared, int order, std::mt19937& 
 #define __shfl_xor_sync(all, x, mask) on_cpu::shuffle_xor(x, mask, -__LINE__)
 inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes, size_t zeros = 0) {
     if (bytes != 16 || uintptr_t(to) % 16 || uintptr_t(from) % 16) on_cpu::fail("a copy that is not 16 bytes, aligned");
-    std::memset(to, 0xff, bytes);
+    std::memset(to, CUDA_ON_CPU_ARCH < 80 ? 0 : 0xff, bytes);
+    if (CUDA_ON_CPU_ARCH < 80) return void(std::memcpy(to, from, bytes - zeros));
     on_cpu::fibres[on_cpu::running].copies.back().push_back({to, from, bytes, zeros});
 }
 inline void __pipeline_commit() { on_cpu::fibres[on_cpu::running].copies.emplace_back(); }

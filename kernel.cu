@@ -13,7 +13,8 @@
 //
 //     S_t = S_{t-1} diag(d_t) + u_t b_t^T + v_t k_t^T        u_t = S_{t-1} a_t        d_t = e^{w_t}        y_t = S_t r_t
 //
-// Compiled by nvcc through torch's load_inline, for sm_80 and later. The tests run this text on a CPU (cuda_on_cpu.h).
+// Compiled by nvcc for sm_75 and later (`compile_for_gpu` has the command); sm_75 has no cp.async, there the header's calls copy
+// at once. The tests run this text on a CPU (cuda_on_cpu.h).
 //
 // Tiles. A thread holds R = 8 rows x C columns of the state. LANES = N / C lanes side by side hold a row group, 8 whole rows;
 // 32 / LANES row groups make a warp. With N = 64 and C = 4:
@@ -376,7 +377,7 @@ template <typename T, int N> __global__ void __launch_bounds__(Backward<T, N>::T
 
 template <typename K> cudaError_t launch(void (*kernel)(Problem), unsigned blocks, void* stream, const Problem& p) {
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, K::SHARED);
-    if (error != cudaSuccess) return error;
+    if (error != cudaSuccess || !blocks) return error;
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(blocks), config.blockDim = dim3(K::THREADS);
     config.dynamicSmemBytes = K::SHARED, config.stream = static_cast<cudaStream_t>(stream);
@@ -396,7 +397,7 @@ template <typename T> cudaError_t launch(bool back, int64_t N, unsigned blocks, 
     return cudaErrorInvalidValue;
 }
 int launch(bool back, int64_t B, int64_t T, int64_t H, int64_t N, int dtype, void* stream, const Problem& p) {
-    if (B < 1 || T < 1 || H < 1 || T > INT32_MAX - SEGMENT || B > INT32_MAX / H) return cudaErrorInvalidValue;
+    if (B < 0 || T < 1 || H < 1 || T > INT32_MAX - SEGMENT || B > INT32_MAX / H) return cudaErrorInvalidValue;
     uintptr_t all = reinterpret_cast<uintptr_t>(p.y);
     for (const void* x : p.x) all |= reinterpret_cast<uintptr_t>(x);
     for (const void* x : p.grad) all |= reinterpret_cast<uintptr_t>(x);
@@ -413,7 +414,8 @@ int launch(bool back, int64_t B, int64_t T, int64_t H, int64_t N, int dtype, voi
 }  // namespace
 
 // All tensors are contiguous and start at a multiple of 16 bytes; dtype 0, 1, 2 (float, bfloat16, float16) is that of r, k, v, a,
-// b, y and their gradients, the rest is float. Returns 0 or what wkv7_error has words for. The layout of `kept` is private.
+// b, y and their gradients, the rest is float. Returns 0 or what wkv7_error has words for; with B = 0 nothing is launched, and 0 says
+// that it could be. The layout of `kept` is private.
 extern "C" int wkv7_forward(int64_t B, int64_t T, int64_t H, int64_t N, int dtype, const void* r, const float* w, const void* k,
                             const void* v, const void* a, const void* b, const float* s0, void* y, float* sT, float* kept, void* stream) {
     return launch(false, B, T, H, N, dtype, stream, {unsigned(T), unsigned(H), {r, k, v, a, b}, w, s0, sT, kept, y, {}});

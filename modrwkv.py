@@ -35,11 +35,14 @@ Glossary: symbol here = symbol in [2] (in brackets: names of the official files)
     r_k             bonus rho for the current token
 """
 
+import atexit
 import contextlib
 import ctypes
 import dataclasses
 import functools
+import glob
 import hashlib
+import importlib.util
 import itertools
 import math
 import os
@@ -48,6 +51,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -122,6 +126,22 @@ MEDIA = ("image", "audio", "series")
 # 3. The recurrence
 
 
+def check_wkv7(r, w, k, v, a, b, state):
+    """Raises ValueError unless the seven are floating point, on one device, and of shapes that belong together."""
+    shape, device = r.shape, r.device
+    if len(shape) != 4 or 0 in shape:
+        raise ValueError(f"wkv7: r has shape (B, T, H, N), none of them 0, not {tuple(shape)}")
+    for name, x in zip("wkvab", (w, k, v, a, b)):
+        if x.shape != shape:
+            raise ValueError(f"wkv7: {name} has the shape of r, {tuple(shape)}, not {tuple(x.shape)}")
+    B, _, H, N = shape
+    if state is not None and state.shape != (B, H, N, N):
+        raise ValueError(f"wkv7: state has shape {(B, H, N, N)} beside r of {tuple(shape)}, not {tuple(state.shape)}")
+    for name, x in zip(("r", "w", "k", "v", "a", "b", "state"), (r, w, k, v, a, b, r if state is None else state)):
+        if x.device != device or not x.dtype.is_floating_point:
+            raise ValueError(f"wkv7: {name} is floating point on r's device, {device}, not {x.dtype} on {x.device}")
+
+
 def wkv7_loop(r, w, k, v, a, b, state=None):
     """The RWKV-7 recurrence as the paper writes it ([2], eq. 17): the oracle for every faster path.
 
@@ -133,7 +153,10 @@ def wkv7_loop(r, w, k, v, a, b, state=None):
     Returns:
         y (B, T, H, N) in r's dtype, and the state after the last step, in float32 (float64 for float64
         inputs). Differentiable in all seven inputs.
+    Raises:
+        ValueError: shapes, dtypes or devices that do not belong together
     """
+    check_wkv7(r, w, k, v, a, b, state)
     B, T, H, N = r.shape
     dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
     S = torch.zeros(B, H, N, N, dtype=dtype, device=r.device) if state is None else state.to(dtype)
@@ -145,7 +168,7 @@ def wkv7_loop(r, w, k, v, a, b, state=None):
     return torch.stack(ys, 1).to(r.dtype), S
 
 
-def wkv7_chunked(r, w, k, v, a, b, state=None):
+def wkv7_chunked(r, w, k, v, a, b, state=None, w_min=-math.inf):
     """wkv7_loop in matrix products, chunk by chunk. Same arguments and results.
 
     With c_t = w_1 + ... + w_t inside a chunk and u_t = S_{t-1} a_t, unrolling the recurrence gives
@@ -153,14 +176,22 @@ def wkv7_chunked(r, w, k, v, a, b, state=None):
     so with a~_t = a_t e^{c_{t-1}}, r~_t = r_t e^{c_t}, b~_s = b_s e^{-c_s}, k~_s = k_s e^{-c_s}
         (I - tril(a~ b~^T, -1)) U = a~ S_0^T + tril(a~ k~^T, -1) V           a triangular system
         Y = r~ S_0^T + tril(r~ b~^T) U + tril(r~ k~^T) V.
-    e^{-c_s} must not overflow, so the chunk is the shorter, the faster the decay; for w < -1 and few steps the loop does it.
+    e^{-c_s} must not overflow, so the chunk is the shorter, the faster the decay; below w = -1 and for few steps the
+    loop does it.
+
+    Args:
+        w_min: what the caller knows w to be above, -e^{-1/2} for RWKV-7; if below -1, the smallest w is looked up,
+            for which a GPU has to be waited for, and torch.compile breaks its graph
     """
+    check_wkv7(r, w, k, v, a, b, state)
     B, T, H, N = r.shape
-    dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
-    fastest = -w.detach().min().item() if T >= 8 else math.inf
-    if fastest > 1:
+    if w_min < -1 and T >= 8:
+        with contextlib.suppress(RuntimeError):  # a fake tensor has no values
+            w_min = w.detach().min().item()
+    if w_min < -1 or T < 8:
         return wkv7_loop(r, w, k, v, a, b, state)
-    longest = int(min(96, 60 / max(fastest, 1e-9)))
+    dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
+    longest = int(min(96, 60 / max(-w_min, 1e-9)))
     n = -(-T // longest)  # chunks, of L steps each
     L = -(-T // n)
 
@@ -202,84 +233,120 @@ def wkv7_chunked(r, w, k, v, a, b, state=None):
     return unchunk(Q @ torch.stack(starts, 2).mT + Y), S
 
 
-KEPT = {
-    "cpu": (32, 32),
-    "cuda": (16, 0),
-}  # kernel.cu keeps one state in so many steps for its backward pass, and so many rows more
+CHECKPOINT_EVERY = {"cpu": 32, "cuda": 16}  # steps between the states that kernel.cu keeps for its backward pass
+WARNED = set()  # reasons that were printed
 
 
 @functools.cache
-def kernel(kind):
-    """kernel.cu, compiled for a kind of device and opened with ctypes; None, after one line that says why, where it cannot be."""
-    if kind not in KEPT:
-        return None
+def kernel(device_type):
+    """kernel.cu, compiled and opened with ctypes; None, after one line that says why, where it cannot be."""
     source = os.path.join(os.path.dirname(os.path.abspath(__file__)), "kernel.cu")
     try:
-        library = ctypes.CDLL(compile_for_cpu(source) if kind == "cpu" else compile_for_gpu(source))
-    except (InputError, OSError, RuntimeError, ImportError, subprocess.SubprocessError) as e:
-        reason = str(e).strip().splitlines()[0]
-        print(
-            f"the recurrence runs in PyTorch's own operations, which is several times slower: {reason}",
-            file=sys.stderr,
-            flush=True,
-        )
+        if device_type not in CHECKPOINT_EVERY:
+            raise InputError(f"kernel.cu is for CPUs and NVIDIA GPUs, not for {device_type}")
+        library = ctypes.CDLL(compile_for_cpu(source) if device_type == "cpu" else compile_for_gpu(source))
+        for function, pointers in ((library.wkv7_forward, 11), (library.wkv7_backward, 17)):
+            function.argtypes = [ctypes.c_int64] * 4 + [ctypes.c_int] + [ctypes.c_void_p] * pointers
+        library.wkv7_error.restype = ctypes.c_char_p
+        error = library.wkv7_forward(0, 1, 1, 64, 0, *[None] * 11)  # B = 0 computes nothing: does the driver fit?
+        if error:
+            raise InputError(f"kernel.cu does not run here: {library.wkv7_error(error).decode()}")
+    except (InputError, OSError) as e:
+        warn_slow(str(e).strip().splitlines()[0])
         return None
-    for function, pointers in ((library.wkv7_forward, 11), (library.wkv7_backward, 17)):
-        function.argtypes = [ctypes.c_int64] * 4 + [ctypes.c_int] + [ctypes.c_void_p] * pointers
-    library.wkv7_error.restype = ctypes.c_char_p
     return library
 
 
-def compile_for_gpu(source):
-    """The path of a shared library for the GPUs that are here; torch keeps it for the next time."""
-    from torch.utils.cpp_extension import load_inline
+def warn_slow(reason):
+    if reason not in WARNED:
+        WARNED.add(reason)
+        line = f"the recurrence runs in PyTorch's own operations, which is several times slower: {reason}"
+        print(line, file=sys.stderr)
 
-    print(
-        "loading kernel.cu for this GPU; the first time it is compiled, which takes about a minute ...",
-        file=sys.stderr,
-        flush=True,
-    )
-    with open(source, encoding="utf-8") as f:
-        return load_inline(
-            "modrwkv_wkv7", "", f.read(), extra_cuda_cflags=["-O3"], is_python_module=False, no_implicit_headers=True
-        )
+
+def has_kernel(device_type):
+    return kernel(device_type) is not None
+
+
+# torch.compiler.assume_constant_result, without its import of 1.5 seconds
+warn_slow._dynamo_marked_constant = has_kernel._dynamo_marked_constant = True
 
 
 def compile_for_cpu(source):
-    """The path of a shared library with this machine's own instructions, compiled once for each text of kernel.cu."""
+    """The path of a shared library with this machine's own instructions."""
     compiler = next(filter(None, map(shutil.which, (os.environ.get("CXX", ""), "g++", "clang++"))), None)
     if not compiler:
         raise InputError("there is no C++ compiler; install g++ or clang++")
     cpu = platform.machine()
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as f:
         cpu += next((line for line in f if line.startswith(("flags", "Features"))), "")
-    with open(source, "rb") as f:
-        key = hashlib.sha256(f.read() + f"{compiler} {cpu}".encode()).hexdigest()[:16]
-    folder = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "modrwkv")
-    path = os.path.join(folder, f"wkv7_{key}.so")
-    if os.path.exists(path):
-        return path
-    os.makedirs(folder, exist_ok=True)
-    print("compiling kernel.cu for this CPU, once ...", file=sys.stderr, flush=True)
-    partial = f"{path}.{os.getpid()}"  # another process may be at it, too
-    for own in (["-march=native", "-fopenmp"], ["-march=native"], []):  # Apple's clang has no OpenMP
-        done = subprocess.run(
-            [compiler, "-O3", "-std=c++17", *own, "-shared", "-fPIC", "-x", "c++", source, "-o", partial],
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode == 0:
-            os.replace(partial, path)
+    base = [compiler, "-O3", "-std=c++17", "-shared", "-fPIC", "-x", "c++"]
+    options = (["-march=native", "-fopenmp"], ["-march=native"], [])  # Apple's clang has no OpenMP
+    return compile_once(source, [base + own for own in options], "CPU", cpu, 2)
+
+
+def compile_for_gpu(source):
+    """The path of a shared library for the GPUs that are here. It holds CUDA's runtime, so any nvcc will do."""
+    if not torch.version.cuda:
+        raise InputError("this PyTorch is built without CUDA")
+    folders = [os.path.join(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")]
+    folders += os.environ.get("PATH", "").split(os.pathsep)
+    packages = importlib.util.find_spec("nvidia")  # where pip installs cuda-toolkit[nvcc,cccl]
+    for folder in packages.submodule_search_locations if packages else ():
+        folders += glob.glob(os.path.join(folder, "*", "bin"))
+    compilers = [nvcc for folder in folders if (nvcc := shutil.which("nvcc", path=folder))]
+    if not compilers:
+        raise InputError('there is no nvcc; pip install "cuda-toolkit[nvcc,cccl]" brings it')
+    gpus = sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
+    options = [f"-gencode=arch=compute_{major}{minor},code=sm_{major}{minor}" for major, minor in gpus]
+    commands = []
+    for nvcc in compilers:  # -L: the packages have lib, where nvcc looks in lib64
+        lib = os.path.join(os.path.dirname(os.path.dirname(nvcc)), "lib")
+        commands.append([nvcc, "-O3", "-std=c++17", *options, "-shared", "-Xcompiler=-fPIC", f"-L{lib}"])
+    return compile_once(source, commands, "GPU", "", 30)
+
+
+def compile_once(source, commands, processor, machine, seconds):
+    """The path of the shared library that the first command to succeed makes of the source, in the user's cache.
+
+    Its name holds a checksum of its content: what was cut short or changed since is built again.
+    """
+
+    def checksum(path):
+        with open(path, "rb") as f:
+            return hashlib.sha256(f.read() + repr((commands, machine)).encode()).hexdigest()[:16]
+
+    folder, key = kernel_folder(), f"wkv7_{checksum(source)}_"
+    for name in os.listdir(folder):
+        path = os.path.join(folder, name)
+        if name.startswith(key) and name == f"{key}{checksum(path)}.so":
             return path
-    errors = [line for line in done.stderr.splitlines() if "error" in line] or [f"exit status {done.returncode}"]
-    raise InputError(f"{compiler} cannot compile kernel.cu: {errors[0]}")
+    print(f"compiling kernel.cu for this {processor}, once, about {seconds} seconds ...", file=sys.stderr)
+    with tempfile.TemporaryDirectory(dir=folder) as partial:  # another process may be at it, too
+        library = os.path.join(partial, "wkv7.so")
+        for command in commands:
+            done = subprocess.run([*command, source, "-o", library], capture_output=True, text=True)
+            if done.returncode == 0:
+                path = os.path.join(folder, f"{key}{checksum(library)}.so")
+                os.replace(library, path)
+                return path
+    lines = [line for line in done.stderr.splitlines() if "error" in line or "fatal" in line]
+    raise InputError(f"{command[0]} cannot compile kernel.cu: {(lines or [f'exit status {done.returncode}'])[0]}")
 
 
-def has_kernel(kind):
-    return kernel(kind) is not None
-
-
-has_kernel._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, without its import of 1.5 seconds
+def kernel_folder():
+    """The user's cache; a temporary folder of this process where nobody, or somebody else, too, can write to that."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.environ.get("HOME", ""), ".cache")
+    folder = os.path.join(base, "modrwkv")
+    if os.path.isabs(base) and os.name == "posix":
+        with contextlib.suppress(OSError):
+            os.makedirs(folder, mode=0o700, exist_ok=True)
+            status = os.lstat(folder)  # a link has the mode 0777
+            if status.st_uid == os.getuid() and not status.st_mode & 0o022 and os.access(folder, os.W_OK):
+                return folder
+    folder = tempfile.mkdtemp(prefix="modrwkv_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def call_kernel(name, tensors):
@@ -297,27 +364,23 @@ def call_kernel(name, tensors):
 
 def kernel_outputs(r, state, keep):
     B, T, H, N = r.shape
-    steps, more = KEPT[r.device.type]
-    kept = r.new_empty((B, H, -(-T // steps), N + more, N) if keep else 0, dtype=torch.float32)
+    every = CHECKPOINT_EVERY[r.device.type]
+    rows = N if r.is_cuda else N + every  # on a CPU also S a of each step
+    kept = r.new_empty((B, H, -(-T // every), rows, N) if keep else 0, dtype=torch.float32)
     return torch.empty_like(r), r.new_empty(B, H, N, N, dtype=torch.float32), kept
 
 
 def kernel_gradients(r, *_):
     B, T, H, N = r.shape
-    w = torch.empty_like(r, dtype=torch.float32)
-    return (
-        torch.empty_like(r),
-        w,
-        *(torch.empty_like(r) for _ in range(4)),
-        r.new_empty(B, H, N, N, dtype=torch.float32),
-    )
-
-
-SIX = "Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b"
+    dr, dk, dv, da, db = (torch.empty_like(r) for _ in range(5))
+    return dr, torch.empty_like(r, dtype=torch.float32), dk, dv, da, db, r.new_empty(B, H, N, N, dtype=torch.float32)
 
 
 @torch.library.custom_op(
-    "modrwkv::wkv7", mutates_args=(), schema=f"({SIX}, Tensor? state, bool keep) -> (Tensor, Tensor, Tensor)"
+    "modrwkv::wkv7",
+    mutates_args=(),
+    schema="(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor? state, bool keep)"
+    " -> (Tensor, Tensor, Tensor)",
 )
 def wkv7_kernel(r, w, k, v, a, b, state, keep):
     """y, the last state and what the backward pass needs (if keep), from contiguous tensors."""
@@ -329,7 +392,8 @@ def wkv7_kernel(r, w, k, v, a, b, state, keep):
 @torch.library.custom_op(
     "modrwkv::wkv7_backward",
     mutates_args=(),
-    schema=f"({SIX}, Tensor kept, Tensor dy, Tensor? dlast) -> ({', '.join(['Tensor'] * 7)})",
+    schema="(Tensor r, Tensor w, Tensor k, Tensor v, Tensor a, Tensor b, Tensor kept, Tensor dy, Tensor? dlast)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 def wkv7_kernel_backward(r, w, k, v, a, b, kept, dy, dlast):
     gradients = kernel_gradients(r)
@@ -356,13 +420,15 @@ wkv7_kernel_backward.register_fake(kernel_gradients)
 wkv7_kernel.register_autograd(wkv7_gradients, setup_context=wkv7_setup)
 
 
-def wkv7(r, w, k, v, a, b, state=None):
-    """The recurrence by the fastest way there is for these inputs: kernel.cu, or PyTorch's operations. See wkv7_loop."""
-    if (
-        r.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and r.shape[-1] in (16, 32, 64, 128)
-        and has_kernel(r.device.type)
-    ):
+def wkv7(r, w, k, v, a, b, state=None, w_min=-math.inf):
+    """The recurrence by the fastest method there is for these inputs: kernel.cu, or PyTorch's operations.
+
+    Arguments, results and errors are those of wkv7_loop; w_min: see wkv7_chunked.
+    """
+    check_wkv7(r, w, k, v, a, b, state)
+    if r.shape[-1] not in (16, 32, 64, 128):
+        warn_slow("kernel.cu has head sizes 16, 32, 64 and 128 alone")
+    elif r.dtype in (torch.float32, torch.bfloat16, torch.float16) and has_kernel(r.device.type):
         dtype = r.dtype if r.is_cuda else torch.float32
         dtypes = (dtype, torch.float32, dtype, dtype, dtype, dtype)  # the decay is sensitive
         six = [x.to(t).contiguous() for x, t in zip((r, w, k, v, a, b), dtypes)]
@@ -371,7 +437,7 @@ def wkv7(r, w, k, v, a, b, state=None):
         y, state, _ = wkv7_kernel(*six, state, keep)
         return y.to(r.dtype), state
     with torch.autocast(r.device.type, enabled=False):  # state and sums are float32, whatever the model runs in
-        return wkv7_chunked(r, w, k, v, a, b, state)
+        return wkv7_chunked(r, w, k, v, a, b, state, w_min)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -473,7 +539,7 @@ class TimeMix7(nn.Module):
         if lengths is not None:  # padding leaves the state as it is
             real = real_steps(T, lengths)
             w, k_in, b = w * real, k * real, b * real
-        y, state = wkv7(r, w, k_in, v, a, b, state)
+        y, state = wkv7(r, w, k_in, v, a, b, state, w_min=-0.607)
         y = self.ln_x(y.reshape(B * T, C)).view(B, T, C)
         bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v
         return self.output((y + bonus.view(B, T, C)) * g), v_first, last, state
@@ -772,7 +838,8 @@ class MelEncoder(nn.Module):
         x = F.pad(x, (0, max(3 * cls.HOP - len(x), -len(x) % cls.HOP)))
         window = torch.hann_window(cls.WINDOW, device=x.device)
         spectrum = torch.stft(x, cls.WINDOW, cls.HOP, window=window, return_complex=True)
-        mel = (cls.filters(bins).to(x.device) @ spectrum[:, :-1].abs() ** 2).clamp(min=1e-10).log10()
+        with torch.autocast(x.device.type, enabled=False):
+            mel = (cls.filters(bins).to(x.device) @ spectrum[:, :-1].abs() ** 2).clamp(min=1e-10).log10()
         return (mel.clamp(min=mel.max() - 8) + 4) / 4
 
     def length(self, frames):
@@ -1224,6 +1291,7 @@ class SpeechAdapter(nn.Module):
         return (n + 1) // 2 + 1
 
     def collate(self, lengths):
+        """rows and kept, as Adapter's."""
         return padded_rows(lengths), true_rows(length_mask([self.length(n) for n in lengths]))
 
     def forward(self, x, rows, kept):

@@ -1,8 +1,9 @@
-"""Ask a checkpoint: one prompt, a chat, or a file of questions with its score.
+"""Ask a checkpoint: one prompt, a chat, a file of questions with its score, or the next points of a series.
 
 python sample.py --out_dir=out --image=x.png --prompt="What number is this?"
 python sample.py --out_dir=out --image=x.png --chat
 python sample.py --out_dir=out --eval=data/digits/val.jsonl
+python sample.py --out_dir=out --info
 python sample.py --out_dir=plays --raw --prompt="ROMEO:"
 python sample.py --out_dir=series --series=load.csv --plot=load.png
 python sample.py --out_dir=series --eval=ETTh1.csv
@@ -18,50 +19,48 @@ import sys
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 
-from data.media import read_series
-from data.records import question, read_records, record_media, record_turns, segments
-from data.released import load
-from data.scores import benchmark, report, score
-from data.text import MARK, generate_text, get_tokenizer
-from modrwkv import MEDIA, InputError, check_settings, setting
+from data.media import check_media, media_list, read_series
+from data.records import question, read_records
+from data.released import load, read_checkpoint
+from data.scores import ask, benchmark, draw_forecasts, report, score
+from data.text import generate_text, get_tokenizer
+from modrwkv import MEDIA, Config, InputError, build, check_settings, setting
 
 
 @dataclass
 class Sample:
-    """sampling"""
+    """what to ask"""
 
     out_dir: str = setting("out", "folder of ckpt.pt, or a checkpoint: ours or a released one")
-    prompt: str = setting(
-        "",
-        "the question; <image>, <audio> and <series> in it mark where a picture, a sound or a series goes, else they come first",
-    )
+    info: bool = setting(False, "print the checkpoint's settings, sizes, and what it takes")
+    prompt: str = setting("", "the question; <image>, <audio>, <series> mark where media go, else they come first")
     image: str = setting("", "picture files, separated by commas")
     audio: str = setting("", "sound files (wav, flac, ogg, mp3), separated by commas")
-    series: str = setting(
-        "",
-        ".csv files, separated by commas; of each the last column, or the one named as in x.csv#load. Without a prompt they are forecast",
-    )
+    series: str = setting("", ".csv files, separated by commas: the last column, or x.csv#NAME; forecast if no prompt")
     plot: str = setting("", "draw the forecast into this .png")
-    horizon: int = setting(0, "points to forecast; 0 for as many as the model was made for")
+    horizon: int = setting(0, "points to forecast; 0 for as many as the model was made for", least=0)
     chat: bool = setting(False, "ask again and again; the state is kept between turns")
-    eval: str = setting(
-        "", "a .json or .jsonl file: answer every question in it; a .csv: forecast its columns; and print the scores"
-    )
+    eval: str = setting("", "a .json or .jsonl file: answer its questions; a .csv: forecast its columns; print scores")
+    batch_size: int = setting(64, "questions answered at once with --eval", least=1)
     raw: bool = setting(False, "no template: the prompt is a text to go on with")
-    max_new_tokens: int = setting(256, "an answer is cut after so many tokens")
-    temperature: float = setting(0.0, "0 always takes the likeliest token")
-    top_k: int = setting(0, "choose among the so many likeliest tokens; 0 for all")
-    top_p: float = setting(1.0, "choose among the likeliest tokens that hold this much of the probability")
-    seed: int = setting(1, "of the choices")
-    batch_size: int = setting(64, "questions answered at once with --eval")
     tokenizer: str = setting("", "instead of the checkpoint's, e.g. rwkv_vocab_v20230424.txt for an official .pth")
     template: str = setting("", "instead of the checkpoint's: world, v1, v2 or v3")
     prompt_style: str = setting("", "instead of the checkpoint's: written, first, last, sandwich, before or tagged")
     image_encoder: str = setting("", "instead of the checkpoint's, e.g. the folder of a pretrained one, or none")
     audio_encoder: str = setting("", "instead of the checkpoint's, e.g. the folder of a pretrained one, or none")
     device: str = setting("auto", "auto, cpu, cuda, mps")
+
+
+@dataclass
+class Sampling:
+    """sampling"""
+
+    max_new_tokens: int = setting(256, "an answer is cut after so many tokens", least=1)
+    temperature: float = setting(0.0, "0 always takes the likeliest token", least=0)
+    top_k: int = setting(0, "choose among the so many likeliest tokens; 0 for all", least=0)
+    top_p: float = setting(1.0, "choose among the likeliest tokens that hold this much of the probability", least=0)
+    seed: int = setting(1, "of the choices")
 
 
 def find_device(name):
@@ -117,147 +116,179 @@ def flags(about, *classes, argv=None, presets=None):
         for name, action in actions.items():
             action.help = f"{action.help} [{values[name]}]".replace("%", "%%")
         parser.print_help()
-        sys.exit()
+        sys.exit(0)
     settings = [cls(**{f.name: values[f.name] for f in dataclasses.fields(cls)}) for cls in classes]
     for each in settings:
         check_settings(each)
     return *settings, set(given)
 
 
-def ask(model, records, batch_size=64, **how):
-    """Answers to every question of the records, in order; later turns see the true earlier answers."""
-    samples = []
-    for record in records:
-        media, turns = list(record_media(record)), record_turns(record)
-        for i in range(len(turns)):
-            asked = turns[:i] + [(turns[i][0], None)]
-            samples.append((asked, media[: len(MARK.findall("".join(q for q, _ in asked)))], record["_at"]))
-    answers = []
-    for i in tqdm(
-        range(0, len(samples), batch_size),
-        unit="batch",
-        leave=False,
-        disable=len(samples) <= batch_size or not sys.stderr.isatty(),
-    ):
-        batch = [segments(model, turns, media, at=at) for turns, media, at in samples[i : i + batch_size]]
-        answers += ["".join(pieces).strip() for pieces in zip(*generate_text(model, batch, **how))]
-    return answers
+class Chat:
+    """A conversation with a checkpoint: `model`, and `state`, which the next question continues, None at first."""
+
+    def __init__(self, path, device="auto", **changes):
+        """path: any checkpoint that data/released.py knows; changes: settings of Config to override."""
+        if not os.path.exists(path):
+            raise InputError(f"no checkpoint at {path}: train one by python train.py --out_dir={path}, or name another")
+        self.model = load(path, find_device(device), **changes)
+        self.state = None
+
+    def ask(self, prompt, image=None, audio=None, series=None, stream=False, raw=False, **sampling):
+        """The answer to a prompt about media, each one or a list of several, or, with stream, an iterator of its pieces.
+
+        Args:
+            prompt: str; media without a placeholder <image>, <audio> or <series> in it go before it
+            image: a path, a PIL image, or uint8 (H, W), (H, W, 3) or (H, W, 4); floats from 0 to 1 are refused: pass
+                (255 * x).astype("uint8")
+            audio: a path, or floats (n,) from -1 to 1 at 16 kHz; series: a path, or numbers (n,), NaN where unknown
+            raw: no template: the prompt is a text to go on with; sampling: the fields of Sampling
+        Raises InputError for what cannot be used. The state moves on when the last piece has been taken.
+        """
+        settings = Sampling(**sampling)
+        check_settings(settings)
+        media = []
+        for kind, given in zip(MEDIA, (image, audio, series)):
+            media += [(kind, x) for x in media_list(kind, given)]
+        if not isinstance(prompt, str):
+            raise InputError(f"a prompt is a string, not {type(prompt).__name__}")
+        if raw and media:
+            raise InputError("--raw (raw=True) is for text alone: it takes no picture, sound or series")
+        if raw:
+            sample = [("text", get_tokenizer(self.model.config.tokenizer).encode(prompt or "\n"))]
+        elif prompt.strip() or media:
+            sample = question(self.model, prompt, media, first=self.state is None)
+        else:
+            raise InputError("nothing to answer: give a --prompt, --image, --audio or --series, or --chat or --eval")
+        how = dataclasses.asdict(settings) | {"end": None if raw else ""}
+        pieces = self.answer(generate_text(self.model, [sample], self.state, **how), begun=raw)
+        return pieces if stream else "".join(pieces)
+
+    def answer(self, steps, begun):
+        """Yields the pieces of an answer, without spaces where it has not begun, then keeps the state after it."""
+        while True:
+            try:
+                [piece] = next(steps)
+            except StopIteration as stop:
+                self.state = stop.value
+                return
+            piece = piece if begun else piece.lstrip()
+            if piece:
+                begun = True
+                yield piece
+
+    def forecast(self, series, horizon=None):
+        """The next points of a series (a path, or numbers), as a list of floats in its units.
+
+        horizon: how many; by default as many as the model was made for.
+        """
+        if horizon is not None and horizon < 1:
+            raise InputError(f"horizon={horizon} is not at least 1")
+        return self.model.forecast([read_series(check_media("series", series))], horizon)[0].tolist()
+
+    def reset(self):
+        """Forgets the conversation."""
+        self.state = None
 
 
-def forecast(model, paths, horizon, plot):
-    """Prints the next points of each series, one a line, and draws them."""
-    if horizon < 0 or plot and not plot.lower().endswith(".png"):
-        raise InputError(
-            f"--horizon={horizon} is negative" if horizon < 0 else f"--plot={plot} is not the name of a .png"
-        )
-    series = [read_series(path) for path in paths]
-    ahead = model.forecast(series, horizon or None)
-    for path, y in zip(paths, ahead.tolist()):
-        print(f"{path}: " + " ".join(f"{point:.6g}" for point in y))
-    if plot:
-        try:
-            import matplotlib
-        except ImportError as e:
-            raise InputError('--plot takes matplotlib: pip install -e ".[plot]"') from e
-        matplotlib.use("agg")
-        import matplotlib.pyplot as plt
-
-        _, axes = plt.subplots(len(series), squeeze=False, figsize=(10, 3 * len(series)))
-        for [axis], path, x, y in zip(axes, paths, series, ahead):
-            n = min(len(x), model.config.lookback)
-            (
-                axis.plot(range(-n, 0), x[-n:], label=path, lw=0.8),
-                axis.plot(range(len(y)), y, label="forecast"),
-                axis.legend(),
-                axis.grid(alpha=0.3),
-            )
-        plt.tight_layout(), plt.savefig(plot, dpi=120), plt.close()
+def print_info(path, changes):
+    """Prints what a checkpoint is; its pretrained encoders, which it does not hold, need not be here."""
+    contents = read_checkpoint(path)
+    encoders = {f"{kind}_encoder": kind for kind in MEDIA}
+    config = build(contents, path, **changes | dict.fromkeys(encoders, "none")).config
+    for name in encoders:
+        setattr(config, name, changes.get(name) or contents["config"].get(name, getattr(Config, name)))
+    takes = ["text"] + [kind for name, kind in encoders.items() if getattr(config, name) != "none"]
+    print(f"{path}: RWKV-{config.rwkv} of {config.n_layer} layers x {config.n_embd}; takes {', '.join(takes)}")
+    weights = contents["model"]
+    total = sum(x.numel() for x in weights.values())
+    others = sum(x.numel() for n, x in weights.items() if n.startswith(("encoder.", "adapter.", "forecast_head.")))
+    print(f"parameters: {total - others:,} of the language model, {others:,} of encoders and adapters")
+    if "train" in contents:
+        run = contents["train"]
+        print(f"trained: {contents['step']:,} steps of {run['batch_size']} samples of {run['data']}")
+    changed, same = [], []
+    for f in dataclasses.fields(Config):
+        value = getattr(config, f.name)
+        (same if value == f.default else changed).append(f"--{f.name}={value}")
+    print(f"settings that differ from the defaults: {' '.join(changed) or 'none'}")
+    print(f"settings that are the defaults: {' '.join(same)}")
 
 
-def stream(model, sample, state, how):
-    """Prints an answer as it comes; returns the state after it."""
-    pieces, begun = generate_text(model, [sample], state, **how), "end" in how
+def print_answer(pieces):
+    """Prints the pieces of an answer as they come."""
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+
+
+def run_chat(chat, prompt, media, sampling):
+    """Asks the prompt, then what is typed; `media` belong to the first question that is answered."""
+    print("Ask; an empty line ends the chat. To show a picture, write its path in <> anywhere in the question: <x.png>")
     while True:
         try:
-            piece = next(pieces)[0]
-            piece = piece if begun else piece.lstrip()  # the template's space before an answer
-            begun = begun or bool(piece)
-            print(piece, end="", flush=True)
-        except StopIteration as stop:
-            print()
-            return stop.value
+            prompt = prompt or input("> ").strip()
+        except EOFError:
+            break
+        if not prompt:
+            break
+        files = {kind: list(paths) for kind, paths in media.items()}
+        for path in re.findall(r"<([^<>]+\.\w+(?:#[^<>]+)?)>", prompt):
+            is_sound = path.lower().endswith((".wav", ".flac", ".ogg", ".mp3"))
+            kind = "audio" if is_sound else "series" if ".csv" in path.lower() else "image"
+            prompt = prompt.replace(f"<{path}>", f"<{kind}>", 1)
+            files.setdefault(kind, []).append(path)
+        try:
+            print_answer(chat.ask(prompt, **files, stream=True, **sampling))
+            media = {}
+        except InputError as e:
+            print(f"error: {e}", file=sys.stderr)
+        prompt = ""
 
 
 def main(argv=None):
-    s, given = flags(__doc__, Sample, argv=argv)
-    shown = s.image or s.audio or s.series
-    if s.raw and (shown or s.chat or s.eval) or s.chat and s.eval or s.eval and (s.prompt or shown):
-        raise InputError(
-            "--raw, --chat and --eval=FILE exclude each other; --raw takes no picture or sound, and --eval no prompt either"
-        )
-    if s.batch_size < 1:
-        raise InputError(f"--batch_size={s.batch_size} is not at least 1")
-    if not os.path.exists(s.out_dir):
-        raise InputError(
-            f"no checkpoint at {s.out_dir}: train one with python train.py --out_dir={s.out_dir}, or name another with --out_dir"
-        )
-    own = {
-        name: getattr(s, name) for name in ("tokenizer", "template", "prompt_style", "image_encoder", "audio_encoder")
-    }
-    model = load(s.out_dir, find_device(s.device), **{name: value for name, value in own.items() if value})
-    how = dict(max_new_tokens=s.max_new_tokens, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p, seed=s.seed)
+    s, sampling, _ = flags(__doc__, Sample, Sampling, argv=argv)
+    sampling = dataclasses.asdict(sampling)
+    changes = ("tokenizer", "template", "prompt_style", "image_encoder", "audio_encoder")
+    changes = {name: getattr(s, name) for name in changes if getattr(s, name)}
+    media = {kind: [path for path in getattr(s, kind).split(",") if path] for kind in MEDIA if getattr(s, kind)}
+    if [s.info, s.chat, s.raw, s.eval != ""].count(True) > 1:
+        raise InputError("--info, --chat, --raw and --eval exclude each other")
+    if s.eval and (s.prompt or media):
+        raise InputError("--eval takes no prompt, picture, sound or series")
 
+    # what the checkpoint is
+    if s.info:
+        print_info(s.out_dir, changes)
+        return
+    chat = Chat(s.out_dir, s.device, **changes)
+
+    # a file of questions, or a table to forecast
     if s.eval.endswith(".csv"):
-        print(json.dumps(benchmark(model, s.eval, 16 * s.batch_size)))
+        print(json.dumps(benchmark(chat.model, s.eval, 16 * s.batch_size)))
         return
     if s.eval:
-        records = read_records(s.eval)
-        asked = [r for r in records if r.get("conversations")]
-        if not asked:
+        records = [record for record in read_records(s.eval) if record.get("conversations")]
+        if not records:
             raise InputError(f"{s.eval} holds no conversations to answer")
-        answers = ask(model, asked, s.batch_size, **how)
-        report(asked, answers)
-        print(json.dumps(score(asked, answers)))
+        answers = ask(chat.model, records, s.batch_size, **sampling)
+        report(records, answers)
+        print(json.dumps(score(records, answers)))
         return
-    media = [(kind, path) for kind in MEDIA for path in getattr(s, kind).split(",") if path]
-    if s.series and not s.prompt and not s.chat:
-        forecast(model, s.series.split(","), s.horizon, s.plot)
+
+    # the next points of series
+    if list(media) == ["series"] and not s.prompt and not s.chat:
+        forecasts = {path: chat.forecast(path, s.horizon or None) for path in media["series"]}
+        for path, points in forecasts.items():
+            print(f"{path}: " + " ".join(f"{point:.6g}" for point in points))
+        if s.plot:
+            draw_forecasts(s.plot, forecasts, chat.model.config.lookback)
         return
-    if s.raw:
-        ids = get_tokenizer(model.config.tokenizer).encode(s.prompt or "\n")
-        stream(model, [("text", ids)], None, how | {"end": None})
+
+    # a chat, or one prompt
+    if s.chat:
+        run_chat(chat, s.prompt, media, sampling)
         return
-    if not s.chat:
-        if not s.prompt and not shown:
-            raise InputError(
-                'nothing to do: give --prompt="..." (with or without --image), --audio, --series, --chat, --raw or --eval=FILE'
-            )
-        stream(model, question(model, s.prompt, media), None, how)
-        return
-    state, prompt = None, s.prompt
-    print("Ask; an empty line ends the chat. To show a picture, write its path in <> anywhere in the question: <x.png>")
-    while True:
-        if not prompt:
-            try:
-                prompt = input("> ").strip()
-            except EOFError:
-                break
-        if not prompt:
-            break
-        kinds = lambda path: (
-            "audio"
-            if path.lower().endswith((".wav", ".flac", ".ogg", ".mp3"))
-            else "series"
-            if ".csv" in path
-            else "image"
-        )
-        media += [(kinds(path), path) for path in re.findall(r"<([^<>]+\.\w+)>", prompt)]
-        prompt = re.sub(r"<([^<>]+\.\w+)>", lambda path: f"<{kinds(path[1])}>", prompt)
-        try:
-            state = stream(model, question(model, prompt, media, state is None), state, how)
-        except InputError as e:
-            print(f"error: {e}", file=sys.stderr)
-        media, prompt = [], ""
+    print_answer(chat.ask(s.prompt, **media, stream=True, raw=s.raw, **sampling))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ then the scripts as a user runs them."""
 import ast
 import base64
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import functools
@@ -25,13 +26,15 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
+import threading
 import time
 import zipfile
 import zlib
 from collections import Counter, defaultdict
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -43,7 +46,10 @@ import torch.utils.checkpoint
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import modrwkv
 import sample
@@ -57,8 +63,9 @@ from data.media import (
     feature_file,
     fingerprint,
     load_media,
-    load_vision,
+    load_pretrained_picture,
     read_features,
+    read_picture,
     read_series,
     read_sound,
     read_table,
@@ -387,6 +394,23 @@ def test_records_as_llava_writes_them(tmp_path, model):
         assert record_sample(model, more) == [("answer", [101, 0])]
 
 
+def test_records_are_told_by_what_a_file_holds(tmp_path, model):
+    """A list, one a line, a text, a byte order mark: against the record that was written; without private keys it is a sample."""
+    record = talk("What?", "A thing.")
+    contents = {"list.jsonl": json.dumps([record]), "lines.json": "\n" + json.dumps(record) + "\n"}
+    for name, content in contents.items():
+        (tmp_path / name).write_text("\ufeff" + content, encoding="utf-8")
+        [got] = read_records(tmp_path / name)
+        assert got["conversations"] == record["conversations"] and got["_folder"] == str(tmp_path)
+        assert record_sample(model, got) == record_sample(model, record)
+    (tmp_path / "x.txt").write_text("[a\n")
+    assert read_records(tmp_path / "x.txt")[0]["text"] == "[a\n"
+    assert "no media" in refusal(read_records, jsonl(tmp_path / "x.jsonl", {"text": "a", "image": "x.png"}))
+    for n, line in enumerate(("[" * 100000, '{"target": [1, 2' + "0" * 5000 + "]}", "\0")):
+        (tmp_path / f"{n}.jsonl").write_text('{"text": "a"}\n' + line)
+        assert f"{n}.jsonl, line 2, is not JSON" in refusal(read_records, tmp_path / f"{n}.jsonl")
+
+
 def test_question_puts_pictures_first(tmp_path, model):
     path = stored(drawing(), tmp_path / "x.png")
     segments = data_records.question(model, "What?", [("image", path)])
@@ -472,7 +496,7 @@ def assert_wkv7_exact(inputs, used=(0, 1)):
 @trials(40)
 @given(
     T=st.integers(1, 130),
-    N=st.sampled_from([16, 32, 64, 128]),
+    N=st.sampled_from([8, 16, 32, 48, 64, 128]),
     exponent=st.floats(-6, math.log10(60)),
     mixed=st.booleans(),
     transition=st.sampled_from([1, 1, 0]),
@@ -551,6 +575,119 @@ def test_wkv7_is_exact_with_its_gradients(T, N, exponent, mixed, transition, wit
 def test_wkv7_is_exact_at_every_decay(fastest, T):
     for transition, with_state, scale in itertools.product((1, 0), (True, False), (1, 1e-6)):
         assert_wkv7_exact(wkv7_inputs(T, 16, fastest, False, transition, with_state, T, scale))
+
+
+METHODS = (modrwkv.wkv7, modrwkv.wkv7_chunked, modrwkv.wkv7_loop)
+
+
+@trials(100)
+@given(
+    name=st.sampled_from(["r", "w", "k", "v", "a", "b", "state"]),
+    shape=st.lists(st.integers(0, 17), max_size=5).map(tuple),
+    dtype=st.sampled_from([torch.float64, torch.bfloat16, torch.int64, torch.bool, torch.complex64]),
+    device=st.sampled_from(["cpu", "meta"]),
+    method=st.sampled_from(METHODS),
+)
+@example(name="w", shape=(1, 5, 2, 16), dtype=torch.float32, device="cpu", method=modrwkv.wkv7)  # fewer steps
+@example(name="k", shape=(1, 9, 1, 16), dtype=torch.float32, device="cpu", method=modrwkv.wkv7)  # fewer heads
+@example(name="state", shape=(1, 16, 16), dtype=torch.float32, device="cpu", method=modrwkv.wkv7_chunked)
+@example(name="r", shape=(1, 9, 2, 8), dtype=torch.float32, device="cpu", method=modrwkv.wkv7_loop)
+def test_wkv7_refuses_tensors_that_do_not_fit(name, shape, dtype, device, method):
+    """One tensor of seven has another shape, dtype or device: a sentence that names it, or the result if that one fits."""
+    inputs = dict(zip(("r", "w", "k", "v", "a", "b", "state"), wkv7_inputs(9, 16, 0.6, True, 1, True, seed=1)))
+    good = inputs[name]
+    inputs[name] = torch.ones(shape, dtype=dtype, device=device)
+    if shape == good.shape and dtype.is_floating_point and device == "cpu":
+        return
+    with pytest.raises(ValueError, match=f"wkv7: (r|w|{name}) (has|is) ") as e:
+        method(*inputs.values())
+    assert "\n" not in str(e.value)
+    inputs[name] = good.to(dtype, copy=True).to(device)
+    if dtype.is_floating_point and device == "cpu":
+        assert method(*inputs.values())[0].shape == (1, 9, 2, 16)
+    else:
+        with pytest.raises(ValueError, match=f"wkv7: (w|{name}) is floating point on r's device"):
+            method(*inputs.values())
+
+
+class Dispatched(TorchDispatchMode):
+    """The names of all operations inside."""
+
+    def __enter__(self):
+        self.names = set()
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.name())
+        return function(*args, **kwargs or {})
+
+
+def test_rwkv7_without_a_kernel_reads_no_values(monkeypatch):
+    """A GPU would have to be waited for; RWKV-6, whose decays are free, looks for the fastest."""
+    monkeypatch.setattr(modrwkv, "has_kernel", lambda *args: False)
+    x = torch.randn(2, 20, 32)
+    for generation, reads in ((7, False), (6, True)):
+        model = ModRWKV(Config(rwkv=generation, n_layer=1, n_embd=32, head_size=16, image_encoder="none"))
+        with Dispatched() as operations:
+            y, *_ = model.blocks[0].att(x, None)
+            y.sum().backward()
+        assert ("aten::_local_scalar_dense" in operations.names) == reads
+
+
+@pytest.mark.parametrize("T", [1, 8, 97, 300])
+def test_wkv7_of_known_decays_reads_no_values(T):
+    """As RWKV-7 calls it: the loop's values, and no copy to the host."""
+    chunked = functools.partial(modrwkv.wkv7_chunked, w_min=-0.607)
+    inputs = wkv7_inputs(T, 8, 0.6065, False, 1, True, seed=T)
+
+    with Dispatched() as operations:
+        got = run_wkv7(chunked, inputs, torch.float32)
+    assert "aten::bmm" in operations.names and "aten::_local_scalar_dense" not in operations.names
+    for x, exact in zip(got, run_wkv7(modrwkv.wkv7_loop, inputs, torch.float64), strict=True):
+        assert distance(x, exact) <= 1e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("N", [8, 48, 64])
+def test_wkv7_on_fake_tensors(method, N):
+    """Shapes and dtypes of the results and gradients, where there are no values to look at."""
+    with FakeTensorMode():
+        xs = [torch.rand(2, 12, 3, N, dtype=torch.bfloat16, requires_grad=True) for _ in range(6)]
+        xs.append(torch.rand(2, 3, N, N, requires_grad=True))
+        y, S = method(*xs)
+        gradients = torch.autograd.grad(y.sum() + S.sum(), xs)
+    assert (y.shape, y.dtype, S.shape, S.dtype) == ((2, 12, 3, N), torch.bfloat16, (2, 3, N, N), torch.float32)
+    assert all(g.shape == x.shape and g.dtype == x.dtype for g, x in zip(gradients, xs, strict=True))
+
+
+def test_the_line_that_says_why_there_is_no_kernel(capsys):
+    """Once for each reason."""
+    modrwkv.WARNED.clear()
+    modrwkv.kernel.cache_clear()
+    for _ in range(2):
+        assert not modrwkv.has_kernel("mps")
+        modrwkv.wkv7(*wkv7_inputs(9, 48, 0.6, True, 1, True, seed=1))
+    reasons = "kernel.cu is for CPUs and NVIDIA GPUs, not for mps", "kernel.cu has head sizes 16, 32, 64 and 128 alone"
+    line = "the recurrence runs in PyTorch's own operations, which is several times slower: %s\n"
+    assert capsys.readouterr().err == "".join(line % reason for reason in reasons)
+
+
+def test_wkv7_without_a_kernel_compiles():
+    """Into one graph, for one length at a time, where decays are known: the values are those without torch.compile."""
+    function = functools.partial(modrwkv.wkv7, w_min=-0.607)
+    inputs = wkv7_inputs(97, 8, 0.6, True, 1, True, seed=1)
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager")
+    for x, y in zip(run_wkv7(compiled, inputs, torch.float32), run_wkv7(function, inputs, torch.float32), strict=True):
+        assert distance(x, y) < 1e-6
+
+
+def test_wkv7_of_free_decays_compiles():
+    """With graph breaks: the smallest decay is looked up. In no case a value other than the loop's."""
+    for fastest in (0.5, 5.0):
+        inputs = wkv7_inputs(40, 8, fastest, True, 1, True, seed=1)
+        compiled = torch.compile(modrwkv.wkv7, backend="eager")
+        for x, y in zip(compiled(*inputs), modrwkv.wkv7_loop(*inputs), strict=True):
+            assert distance(x, y) < 1e-5
 
 
 @pytest.mark.parametrize("T", [3, 10, 65], ids=["loop", "one chunk", "two chunks"])
@@ -680,6 +817,19 @@ def test_kernel_as_an_operator_of_torch(device, with_state):
 
 
 @needs_compiler
+def test_kernel_compiles_once_for_all_lengths():
+    """torch.compile: one graph, made twice at most; the values are the loop's."""
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(modrwkv.wkv7, fullgraph=True, dynamic=True, backend=counter)
+    for T in (17, 40, 77, 200):
+        inputs = wkv7_inputs(T, 16, 0.6, True, 1, False, seed=T)
+        got = run_wkv7(compiled, inputs, torch.float32)
+        for x, exact in zip(got, run_wkv7(modrwkv.wkv7_loop, inputs, torch.float32), strict=True):
+            assert distance(x, exact) < 1e-5
+    assert counter.frame_count <= 2
+
+
+@needs_compiler
 def test_kernel_takes_any_strides():
     inputs = wkv7_inputs(20, 16, 0.6, True, 1, True, seed=5)
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs[:6]] + [inputs[6].mT.contiguous().mT]
@@ -713,6 +863,109 @@ def test_kernel_is_compiled_once_by_processes_at_once(tmp_path):
     assert (out, err) == (said[0][0], "") and library.suffix == ".so"
 
 
+@needs_compiler
+def test_kernel_that_was_damaged_is_compiled_again(tmp_path, monkeypatch, capsys):
+    """To open a library that was cut short would end the process with SIGBUS."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "kernel.cu").write_text('extern "C" int answer() { return 42; }\n')
+    compile = functools.partial(modrwkv.compile_for_cpu, str(tmp_path / "kernel.cu"))
+    path = Path(compile())
+    data = path.read_bytes()
+    assert path.parent.stat().st_mode & 0o777 == 0o700 and "compiling kernel.cu" in capsys.readouterr().err
+    for damaged in (data[: len(data) // 2], data[:-9] + bytes([data[-9] ^ 1]) + data[-8:], b""):
+        path.write_bytes(damaged)
+        for said in ("compiling kernel.cu for this CPU, once, about 2 seconds ...\n", ""):
+            assert Path(compile()).read_bytes() == data and capsys.readouterr().err == said
+    assert ctypes.CDLL(compile()).answer() == 42 and list(tmp_path.glob("modrwkv/*")) == [path]
+
+
+@pytest.mark.parametrize(
+    "case", ["no home", "empty home", "relative", "anyone writes", "a link", "a file", "read only"]
+)
+def test_kernel_cache_is_the_users_alone(tmp_path, monkeypatch, case):
+    """Otherwise a temporary folder of this process, and nothing is written where it runs."""
+    cache, temporary = tmp_path / "cache", tmp_path / "tmp"
+    cache.mkdir()
+    temporary.mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    if case in ("no home", "empty home"):
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setenv("HOME", "")
+    if case == "no home":
+        monkeypatch.delenv("HOME")
+    if case == "relative":
+        monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    if case == "anyone writes":
+        (cache / "modrwkv").mkdir()
+        (cache / "modrwkv").chmod(0o777)
+    if case == "a link":
+        (cache / "modrwkv").symlink_to(cache)
+    if case == "a file":
+        (cache / "modrwkv").touch()
+    if case == "read only":
+        monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    folder = Path(modrwkv.kernel_folder())
+    assert folder.parent == temporary and folder.stat().st_mode & 0o777 == 0o700
+    assert len(list(cache.iterdir())) <= 1 and not list(folder.iterdir())
+    assert sorted(tmp_path.iterdir()) == [cache, temporary]
+
+
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+@pytest.fixture
+def gpus(tmp_path, monkeypatch):
+    """A list of capabilities: the GPUs that this machine has then, and a PyTorch with CUDA; kernels go to tmp_path."""
+    found = []
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(found))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: found[i])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    modrwkv.kernel.cache_clear()
+    modrwkv.WARNED.clear()
+    yield found
+    modrwkv.kernel.cache_clear()
+
+
+def test_gpu_kernel_is_compiled_by_a_package_of_pip(gpus, cuda, tmp_path, monkeypatch, capsys):
+    """Where there is no nvcc but that of cuda-toolkit; here a script, which gives the library that runs CUDA on the CPU."""
+    script = f'#!/bin/sh\nPATH=/usr/bin:/bin\necho "$@" >> {tmp_path}/calls\nfor last; do :; done\n'
+    folder = tmp_path / "site" / "nvidia" / "cu13" / "bin"
+    folder.mkdir(parents=True)
+    (folder / "nvcc").write_text(script + f'cp {cuda._name} "$last"\n')
+    (folder / "nvcc").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    gpus += [(9, 0), (7, 5), (9, 0)]
+    assert not modrwkv.has_kernel("cuda")
+    assert 'there is no nvcc; pip install "cuda-toolkit[nvcc,cccl]" brings it' in capsys.readouterr().err
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    for said in ("compiling kernel.cu for this GPU, once, about 30 seconds ...\n", ""):
+        modrwkv.kernel.cache_clear()
+        assert modrwkv.has_kernel("cuda") and capsys.readouterr().err == said
+    [call] = (tmp_path / "calls").read_text().splitlines()
+    gencode = "-gencode=arch=compute_75,code=sm_75 -gencode=arch=compute_90,code=sm_90"
+    assert gencode in call and f"-L{folder.parent}/lib" in call
+    gpus.append((8, 0))  # another GPU, another library
+    assert modrwkv.compile_for_gpu(str(KERNEL)) and "compiling" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not NVCC, reason="no nvcc")
+def test_gpu_kernel_without_its_driver(gpus, tmp_path, capsys):
+    """What nvcc makes is a library that can be opened here; one line says why there is no kernel."""
+    source = re.sub(r"\n *case (16|32|128|1|2): .*", "", KERNEL.read_text())  # of the 24 kernels two
+    (tmp_path / "kernel.cu").write_text(source)
+    gpus += [(7, 5), (12, 0)]
+    path = modrwkv.compile_for_gpu(str(tmp_path / "kernel.cu"))
+    assert ctypes.CDLL(path).wkv7_backward and "compiling" in capsys.readouterr().err
+    assert modrwkv.compile_for_gpu(str(tmp_path / "kernel.cu")) == path and not capsys.readouterr().err
+    gpus[:] = [(1, 0)]
+    message = refusal(modrwkv.compile_for_gpu, str(tmp_path / "kernel.cu"))
+    assert "cannot compile kernel.cu: nvcc fatal" in message and "compute_10" in message
+
+
 @pytest.mark.parametrize(
     ("compiler", "reason"),
     [
@@ -737,20 +990,23 @@ def test_without_a_compiler_torch_does_it(tmp_path, compiler, reason):
 KERNEL = REPO / "kernel.cu"
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 NAMES = ("r", "w", "k", "v", "a", "b")
-NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
-@pytest.fixture(scope="session")
-def cuda(tmp_path_factory):
+def open_cuda_on_cpu(folder, *flags):
     """The CUDA section as g++ builds it."""
     if not shutil.which("g++"):
         pytest.skip("no g++")
-    path = tmp_path_factory.mktemp("cuda") / "kernel.so"
-    flags = ["-std=c++20", "-shared", "-fPIC", "-Wno-unknown-pragmas", "-D__CUDACC__"]
+    path = folder / "kernel.so"
+    flags = ["-std=c++20", "-shared", "-fPIC", "-Wno-unknown-pragmas", "-D__CUDACC__", *flags]
     subprocess.run(["g++", *flags, "-include", REPO / "cuda_on_cpu.h", "-x", "c++", KERNEL, "-o", path], check=True)
     library = ctypes.CDLL(str(path))
     library.wkv7_error.restype = ctypes.c_char_p
     return library
+
+
+@pytest.fixture(scope="session")
+def cuda(tmp_path_factory):
+    return open_cuda_on_cpu(tmp_path_factory.mktemp("cuda"))
 
 
 def guarded(shape, dtype, margin=2048):
@@ -883,6 +1139,37 @@ def test_cuda_gives_the_same_bits_in_any_order_of_threads(cuda, N, dtype, monkey
             assert torch.equal(found, first), name
 
 
+def test_cuda_without_asynchronous_copies_gives_the_same_bits(cuda, tmp_path):
+    """The copies of sm_75, which has no cp.async, beside those of sm_80."""
+    sm_75 = open_cuda_on_cpu(tmp_path, "-DCUDA_ON_CPU_ARCH=75")
+    for N, dtype in itertools.product((16, 32, 64, 128), (F32, BF16, F16)):
+        problem = cuda_inputs((1, 21 if N < 128 else 9, 1, N), dtype, "edges", N)
+        for name, found, want in zip(RESULTS, run_all(sm_75, *problem), run_all(cuda, *problem), strict=True):
+            assert torch.equal(found, want), name
+
+
+@pytest.mark.parametrize("N", [32, 64, 128])
+def test_cuda_overflows_in_float16_as_rounding_does(cuda, N):
+    """GradScaler looks for infinities: they are where the float64 loop's results are beyond float16, and nowhere else;
+    at N = 128 also where the gradient of one half of the rows is, which is added to the other's in float16."""
+    x, s0, dy, dsT = cuda_inputs((1, 20, 1, N), F16, "rwkv7", 3)
+    x[2], x[3], dy = 20 * x[2], 1000 * x[3], 5000 * dy
+    found, exact = run_all(cuda, x, s0, dy, dsT), loop(x, s0, dy, dsT)
+    assert sum(y.isinf().any().item() for y in found) >= 4
+    for name, y, e in zip(RESULTS, found, exact, strict=True):
+        sure = (e.abs() - 65520).abs() > 100  # not on the edge
+        beyond = e.to(y.dtype).isinf()
+        assert not (y.isfinite() & beyond & sure).any(), name
+        assert N == 128 or not (~y.isfinite() & ~beyond & sure).any(), name
+        finite = y.isfinite() & ~beyond
+        assert distance(y[finite], e[finite]) < (1e-3 if y.dtype == F16 else 2e-6), name
+    dy[0, 7, 0, 3] = math.inf  # what a layer above has left of an overflow reaches every input that it depends on
+    _, _, kept = cuda_forward(cuda, x, s0)
+    grads = [torch.zeros(x[0].shape, dtype=F32 if name == "w" else F16) for name in NAMES]
+    assert call(cuda.wkv7_backward, x[0].shape, F16, *x, kept, dy, dsT, *grads, ds0 := torch.zeros_like(s0)) == 0
+    assert not any(y.isfinite().all() for y in (*grads, ds0))
+
+
 def test_cuda_forward_alone_and_split(cuda):
     x, s0, dy, dsT = cuda_inputs((2, 45, 1, 64), F32, "rwkv7", 7)
     whole, sT, _ = cuda_forward(cuda, x, s0, keep=False)
@@ -900,6 +1187,7 @@ def test_cuda_forward_alone_and_split(cuda):
 def test_cuda_refuses_what_it_cannot_do(cuda):
     x, s0, dy, dsT = cuda_inputs((1, 2, 1, 16), F32, "one", 0)
     y, sT, kept = cuda_forward(cuda, x, s0)
+    assert call(cuda.wkv7_forward, (0, 1, 1, 16), F32, *[None] * 10) == 0  # nothing to do
     assert call(cuda.wkv7_forward, (1, 2, 1, 24), F32, *x, s0, y, sT, kept) == 1
     assert call(cuda.wkv7_forward, (1, 0, 1, 16), F32, *x, s0, y, sT, kept) == 1
     x[0] = x[0].flatten()[1:]
@@ -907,11 +1195,11 @@ def test_cuda_refuses_what_it_cannot_do(cuda):
 
 
 def test_cuda_launches(cuda):
-    """The stream that was given; shared memory that lets two blocks run on an SM of sm_80 and sm_90 at N = 64."""
+    """The stream that was given; shared memory that lets two blocks run on an SM of sm_80 and sm_90 at N = 64, and one of sm_75."""
     stream, shared = (
         kind.in_dll(cuda, name) for kind, name in ((ctypes.c_void_p, "last_stream"), (ctypes.c_size_t, "last_shared"))
     )
-    for dtype, N, most in ((F32, 16, 40), (BF16, 64, 80), (F32, 64, 80), (F32, 128, 99)):
+    for dtype, N, most in ((F32, 16, 40), (BF16, 64, 64), (F32, 64, 64), (F32, 128, 64)):
         x, s0, dy, dsT = cuda_inputs((1, 1, 1, N), dtype, "one", 0)
         kept, grads = torch.zeros(1, 1, 1, N, N), [torch.empty(1, 1, 1, N) for _ in range(6)]
         y, sT = torch.empty(1, 1, 1, N, dtype=dtype), torch.empty(1, 1, N, N)
@@ -922,7 +1210,7 @@ def test_cuda_launches(cuda):
 
 
 @pytest.mark.skipif(not NVCC, reason="no nvcc")
-@pytest.mark.parametrize("arch", [80, 90, 120])
+@pytest.mark.parametrize("arch", [75, 80, 90, 120])
 def test_cuda_compiles_without_spills(arch, tmp_path):
     """Of the sixteen kernels of float32 and bfloat16 those of N = 64 and 128: half the compile time."""
     source = re.sub(r"\n *case (16|32|2): .*", "", KERNEL.read_text())
@@ -1336,6 +1624,22 @@ def test_frames_are_those_of_whisper(n):
     assert ours.shape == theirs.shape and np.abs(ours.numpy() - theirs).max() < 1e-6
 
 
+def test_pictures_are_those_that_a_viewer_shows(tmp_path):
+    """Against the picture before it was stored turned (EXIF), or with a colour that is transparent; an EPS is no picture."""
+    image = noise(50, 40)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(read_picture(tmp_path / "turned.png"), image)
+    Image.new("RGB", (5, 4)).save(tmp_path / "clear.png", transparency=(0, 0, 0))
+    assert np.asarray(read_picture(tmp_path / "clear.png")).min() == 255
+    image.save(tmp_path / "program.eps")
+    (tmp_path / "program.eps").rename(tmp_path / "program.png")
+    assert "PNG" in refusal(read_picture, tmp_path / "program.png")
+    Image.fromarray(np.ones((4, 5), np.float32)).save(tmp_path / "float.tif")
+    assert "save it with 8" in refusal(read_picture, tmp_path / "float.tif")
+
+
 def test_no_sample_is_lost_and_the_shortest_sound_has_a_frame():
     encoder, x = MelEncoder(Config()), torch.zeros(1700)
     x[1650] = 1  # behind the last whole hop
@@ -1374,14 +1678,27 @@ def test_a_sound_that_is_cut_short_is_refused(tmp_path, kind, part):
     assert str(path) in refusal(read_sound, path, 16000)
 
 
+def test_sounds_with_odd_headers_and_channels(tmp_path):
+    """Against the samples that were written: what a header counts too much, and channels whose mean is silence."""
+    x = np.random.RandomState(0).randn(800).astype(np.float32) / 10
+    soundfile.write(tmp_path / "x.wav", x, 16000, "FLOAT")
+    data = (tmp_path / "x.wav").read_bytes()
+    at = data.index(b"data") + 4
+    for promised in (3200 + 44, 0x7FFFF000, 0xFFFFFFFF):  # the header itself, and streams
+        (tmp_path / "y.wav").write_bytes(data[:at] + promised.to_bytes(4, "little") + data[at + 4 :])
+        assert np.array_equal(read_sound(tmp_path / "y.wav", 16000), x)
+    soundfile.write(tmp_path / "z.wav", np.stack([x, -x], 1), 16000, "FLOAT")
+    assert np.array_equal(read_sound(tmp_path / "z.wav", 16000), x)
+
+
 def test_sounds_that_cannot_be_read(tmp_path):
     (tmp_path / "x.wav").write_bytes(b"no sound at all")
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
     for name, word in (
-        ("none.wav", "no such"),
+        ("none.wav", "No such file"),
         ("x.wav", "not a sound"),
         ("empty.wav", "no sound"),
-        ("", "not a sound"),
+        ("", "Is a directory"),
     ):
         message = refusal(load_media, MelEncoder(Config()), tmp_path / name)
         assert str(tmp_path / name) in message and word in message
@@ -3116,7 +3433,7 @@ def test_a_model_finds_its_encoder_again(folders, tmp_path, monkeypatch):
     learn(tmp_path / "plain", data, *flags, "--max_steps=4")
     loaded = []
     monkeypatch.setitem(
-        LOADERS, modrwkv.Vision, lambda encoder, path: loaded.append(path) or load_vision(encoder, path)
+        LOADERS, modrwkv.Vision, lambda encoder, path: loaded.append(path) or load_pretrained_picture(encoder, path)
     )
     for out, workers in (("cold", 1), ("warm", 0)):
         more = f"--feature_cache={tmp_path / 'cache'}", "--max_steps=4", f"--num_workers={workers}"
@@ -4147,15 +4464,14 @@ def test_a_table_runs_each_row_with_three_seeds(table, rows, tmp_path, monkeypat
         steps = [
             {"step": n, "loss": 1.0, "seconds": 5.0 + 3.2 * n + (n == 4)} for n in range(7)
         ]  # the evaluation behind one step is none of its time
-        (out / "ckpt.pt").touch()
+        torch.save({"train": {"batch_size": 64, "max_steps": 7}}, out / "ckpt.pt")
         (out / "log.jsonl").write_text(
             "{" if broken else "".join(json.dumps(x) + "\n" for x in (*steps, {"step": 7, **score}))
         )
         return SimpleNamespace(returncode=int(bool(broken)))
 
     monkeypatch.setattr(ablate.subprocess, "run", play)
-    monkeypatch.setattr(ablate, "find_data", lambda *names: None)
-    argv = [table, f"--out_dir={tmp_path}", "--max_steps=7", "--seed", "9"]
+    argv = [table, "--data=x.jsonl", f"--out_dir={tmp_path}", "--max_steps=7", "--seed=9"]
     assert "_2 did not finish" in refusal(ablate.main, argv) and "said.txt" in refusal(ablate.main, argv)
     fail.clear()
     done = sum((folder / "log.jsonl").read_text() != "{" for folder in tmp_path.iterdir())
@@ -4171,14 +4487,18 @@ def test_a_table_runs_each_row_with_three_seeds(table, rows, tmp_path, monkeypat
     }
     head, line, *lines = capsys.readouterr().out.splitlines()[-rows - 2 :]
     assert head == (
-        "| digits | loss | ms a sample |" if table == "adapter" else "| % exact on digits | all | read | ms a sample |"
+        "| x.jsonl | loss | ms a sample |"
+        if table == "adapter"
+        else "| % exact on x.jsonl | all | read | ms a sample |"
     )
     assert line == "|---" * (head.count("|") - 1) + "|"
     for text, row in zip(lines, ablate.ABLATIONS[table], strict=True):
         loss = f"{2 / row['adapter_scale']:.4f} ± {1 / row['adapter_scale']:.4f}" if table == "adapter" else ""
         score = loss or f"{20 + len(row.get('scan', '')):.1f} ± 10.0 | 50.0 ± 0.0"
         assert text == f"| {', '.join(f'{name} {value}' for name, value in row.items())} | {score} | 50.0 ± 0.0 |"
-    assert "x is not one of data, prompt" in refusal(ablate.main, ["x"])
+    with pytest.raises(SystemExit):
+        ablate.main(["x"])
+    assert "invalid choice: 'x'" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="session")
@@ -4312,7 +4632,7 @@ def test_series_settings_that_cannot_be():
     changes = (
         ({"series_stride": 9}, "series_kernel=6"),
         ({"series_kernel": 60}, "48 vectors"),
-        ({"series_encoder": "x"}, "wavenet, timer, none"),
+        ({"series_encoder": "x"}, "none, wavenet, timer"),
     )
     for change, words in changes:
         assert words in refusal(ModRWKV, dataclasses.replace(SMALL, **change))
@@ -4389,10 +4709,10 @@ def test_the_last_line_names_the_next_command(trained, counting):
 def test_what_to_ask_next(tmp_path):
     at = lambda **record: dict(record, _folder=os.path.join(os.getcwd(), "x"))
     assert (
-        train.sample_command(at(text="a")).startswith("--raw ")
-        and train.sample_command(at(target=[1, 2])) == "--series=NUMBERS.csv"
+        data_records.sample_command(at(text="a")).startswith("--raw ")
+        and data_records.sample_command(at(target=[1, 2])) == "--series=NUMBERS.csv"
     )
-    assert train.sample_command(at(**talk("<audio>", "a", audio="y z.wav"))) == "--audio='x/y z.wav'"
+    assert data_records.sample_command(at(**talk("<audio>", "a", audio="y z.wav"))) == "--audio='x/y z.wav'"
     two = talk(
         "<image> and <audio><image>: what's that?",
         "a",
@@ -4401,13 +4721,14 @@ def test_what_to_ask_next(tmp_path):
         image=["1.png", "2.png", "3.png"],
         audio="a.wav",
     )
-    assert shlex.split(train.sample_command(at(**two))) == [
+    assert shlex.split(data_records.sample_command(at(**two))) == [
         "--image=x/1.png,x/2.png",
         "--audio=x/a.wav",
         "--prompt=<image> and <audio><image>: what's that?",
     ]
     assert (
-        train.sample_command(at(**talk("<series>\nUp?", "a", series=[1, 2]))) == "--series=NUMBERS.csv --prompt='Up?'"
+        data_records.sample_command(at(**talk("<series>\nUp?", "a", series=[1, 2])))
+        == "--series=NUMBERS.csv --prompt='Up?'"
     )
 
 
@@ -4455,7 +4776,7 @@ def test_phases(phase, counting, trained, tmp_path):
     before, after = kept(trained[0]), kept(tmp_path)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in after if phase == "all" or name.startswith(("encoder.", "adapter."))}
-    [first] = train.Batches(read_records(counting[0]), train.Train(batch_size=8), trained[2])(0, 0, 1)
+    [first] = train.Batches(read_records(counting[0]), train.Train(batch_size=8), trained[2])[0]
     assert column(tmp_path, "loss")[0] == pytest.approx(trained[2].loss(first).item(), rel=1e-5)
 
 
@@ -4468,8 +4789,7 @@ def test_another_seed_is_another_model(counting, tmp_path):
 def test_the_gradient_is_clipped(counting, tmp_path):
     """As AdamW's first average shows, a tenth of the first gradient."""
     learn(tmp_path, (counting[1], counting[1]), "--max_steps=1", "--grad_clip=0.5")
-    (adamw,) = kept(tmp_path, "optimizer")
-    averages = [x["exp_avg"].norm().item() for x in adamw["state"].values()]
+    averages = [x["exp_avg"].norm().item() for x in kept(tmp_path, "optimizer")["state"].values()]
     assert column(tmp_path, "grad_norm")[0] > 0.5 and math.hypot(*averages) == pytest.approx(0.05, rel=1e-4)
 
 
@@ -4621,8 +4941,8 @@ def test_the_learning_rate_of_a_run(whole):
         + [final + (peak - final) * (1 - n / 15) for n in range(1, 16)]
     )
     assert column(whole[0], "lr") == pytest.approx(expected, rel=1e-9)
-    rates = [[group["lr"] for group in optimizer["param_groups"]] for optimizer in kept(whole[0], "optimizer")]
-    assert rates == [pytest.approx([final, 2 * final, final], rel=1e-9), pytest.approx([final], rel=1e-9)]
+    rates = [group["lr"] for group in kept(whole[0], "optimizer")["param_groups"]]
+    assert rates == pytest.approx([final, 2 * final, final, final], rel=1e-9)
 
 
 def complaint(result):
@@ -4638,12 +4958,16 @@ def test_disk_full(counting, tmp_path):
     out, limit = tmp_path / "out", lambda size: lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
     learn(out, counting, "--max_steps=2")
     before = contents(out)["ckpt.pt"]
-    message = complaint(run([REPO / "train.py", "--resume", "--max_steps=4"], cwd=tmp_path, preexec_fn=limit(200_000)))
+    message = complaint(
+        run(
+            [REPO / "train.py", "--resume", "--max_steps=4", "--num_workers=0"], cwd=tmp_path, preexec_fn=limit(200_000)
+        )
+    )
     assert "ckpt.pt" in message and re.search("disk|space|large", message)
     assert contents(out)["ckpt.pt"] == before and len(before) > 500_000 and not list(out.glob("*.partial"))
     said(train.main, "--resume", "--max_steps=3", f"--out_dir={out}")  # with room again it goes on
     assert len(column(out, "loss")) == 3
-    flags = [*TINY, f"--data={counting[0]}", f"--val_data={counting[1]}", "--out_dir=other"]
+    flags = [*TINY, f"--data={counting[0]}", f"--val_data={counting[1]}", "--out_dir=other", "--num_workers=0"]
     assert "log.jsonl" in complaint(run([REPO / "train.py", *flags], cwd=tmp_path, preexec_fn=limit(100)))
 
 
@@ -4752,6 +5076,145 @@ def test_one_process_goes_on_with_shards_and_two_with_the_whole(phase, optimizer
         )
 
 
+def same_log(a, b):
+    """Whether two runs have the same losses, gradients and scores to the last bit."""
+    return all(column(a, key) == column(b, key) for key in ("step", "loss", "grad_norm", "tokens", "val_loss"))
+
+
+def test_the_trial_of_memory_changes_nothing(unequal, tmp_path, monkeypatch):
+    """Against a run without it, bit for bit; and it takes the longest records of all, not of the first batches."""
+    out, data, flags = unequal
+    seen = []
+    longest = train.Batches.longest
+
+    def recorded(batches):
+        seen.append(longest(batches).lengths.tolist())
+        return longest(batches)
+
+    monkeypatch.setattr(train.Batches, "longest", recorded)
+    said_memory = learn(tmp_path / "with", data, *flags)
+    monkeypatch.setattr(train, "try_longest", lambda *_: "no trial")
+    learn(tmp_path / "without", data, *flags)
+    assert same_log(tmp_path / "with", tmp_path / "without")
+    assert re.search(r"memory: .* [0-9.]+ GiB", said_memory)
+    batches = train.Batches(read_records(data[0]), train.Train(batch_size=16), load(out))
+    lengths = [n for step in range(12) for n in batches[step][0].lengths.tolist()]
+    assert len(seen) == 1 and len(seen[0]) == 16 and max(seen[0]) == max(lengths)
+
+
+@pytest.mark.parametrize("calls", [0, 1, 4], ids=["in the trial", "in the first step", "in a later step"])
+def test_running_out_of_memory_is_one_sentence(calls, counting, tmp_path, monkeypatch):
+    """As torch raises it on a GPU, and what the CPU's allocator says."""
+    loss = ModRWKV.loss
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ):
+        left = [calls]
+
+        def fails(*args, **more):
+            left[0] -= 1
+            if left[0] < 0:
+                raise error
+            return loss(*args, **more)
+
+        monkeypatch.setattr(ModRWKV, "loss", fails)
+        message = refusal(learn, tmp_path / type(error).__name__, counting, "--max_steps=9")
+        assert all(flag in message for flag in ("--grad_accum", "--batch_size", "--checkpoint_activations", "--shard"))
+
+
+@pytest.mark.parametrize("flag, size", [("", 2), ("--eval_batch_size=3", 3)])
+def test_evaluation_takes_micro_batches_of_the_training(flag, size, counting, tmp_path, monkeypatch):
+    """Counted where samples become batches, of the loss and of generation alike; autocast is the training's."""
+    sizes, dtypes = [], set()
+    collate, backbone = ModRWKV.collate, ModRWKV.backbone
+
+    def collated(model, samples):
+        if isinstance(samples, list) and not model.training:
+            sizes.append(len(samples))
+        return collate(model, samples)
+
+    def cast(model, x, *args, **more):
+        y = backbone(model, x, *args, **more)
+        dtypes.add((model.training, model.head(y[0]).dtype))
+        return y
+
+    monkeypatch.setattr(ModRWKV, "collate", collated)
+    monkeypatch.setattr(ModRWKV, "backbone", cast)
+    flags = ("--max_steps=1", "--grad_accum=4", "--dtype=bfloat16", "--num_workers=0", *flag.split())
+    learn(tmp_path, (counting[0], counting[0]), *flags)
+    assert max(sizes) == size and dtypes == {(True, torch.bfloat16), (False, torch.bfloat16)}
+
+
+def test_workers_change_nothing_and_name_the_record(counting, tmp_path):
+    """Against batches prepared in the process itself, bit for bit; and killed between, against both."""
+    flags = ("--max_steps=9", "--save_interval=4", "--eval_interval=5", "--grad_accum=2")
+    for n in (0, 2):
+        learn(tmp_path / f"{n}", counting, *flags, f"--num_workers={n}")
+    assert same_log(tmp_path / "0", tmp_path / "2")
+    learn(tmp_path / "begun", counting, "--max_steps=4", "--grad_accum=2", "--schedule=constant", "--num_workers=2")
+    for n in (0, 2):
+        shutil.copytree(tmp_path / "begun", tmp_path / f"on{n}")
+        said(train.main, "--resume", f"--out_dir={tmp_path / f'on{n}'}", "--max_steps=9", f"--num_workers={n}")
+    assert same_log(tmp_path / "on0", tmp_path / "on2")
+    bad = jsonl(tmp_path / "bad.jsonl", talk("<image>?", "a", image="gone.png"), talk("?", "a"))
+    message = refusal(learn, tmp_path / "bad", (bad, counting[1]), "--max_steps=9", "--num_workers=2")
+    assert "bad.jsonl, line 1" in message and "gone.png" in message
+
+
+def test_compiled_blocks_learn_the_same(digits, tmp_path, monkeypatch):
+    """Against eager blocks; the compilations of a run with all lengths of data/digits are counted, not their speed."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **how: compile_module(self, backend="aot_eager", **how)
+    )
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    data, flags = (
+        (digits / "train.jsonl", digits / "train.jsonl"),
+        ("--n_layer=4", "--max_steps=24", "--eval_interval=8", "--eval_samples=4"),
+    )
+    learn(tmp_path / "eager", data, *flags)
+    learn(tmp_path / "compiled", data, *flags, "--compile", "--save_interval=12")
+    assert 1 <= counters["stats"]["unique_graphs"] <= 4 and not counters["graph_break"]
+    assert column(tmp_path / "compiled", "loss") == pytest.approx(column(tmp_path / "eager", "loss"), rel=1e-4)
+    assert kept(tmp_path / "compiled").keys() == kept(tmp_path / "eager").keys()
+    said(train.main, "--resume", f"--out_dir={tmp_path / 'compiled'}", "--max_steps=26")
+    torch._dynamo.reset()
+
+
+def test_presets_and_settings_are_shown(counting, tmp_path, capsys):
+    """A preset belongs to its data set, however the folder is spelled; --help shows the values that a run will have."""
+    folder = REPO / "data" / "shapes"
+    spelled = {train.presets(name) for name in ("shapes", str(folder), f"{folder}/", os.path.relpath(folder))}
+    assert spelled == {train.PRESETS["shapes"]} and train.presets("mine.jsonl") == ""
+    for flags in (["--data=shapes"], ["--data=digits,shapes", "--n_layer=3"]):
+        with pytest.raises(SystemExit):
+            train.main([*flags, "--help"])
+        words = " ".join(capsys.readouterr().out.split())
+        assert "[4000]" in words and "so many steps; 0: all at once [100]" in words.replace("each so", "so")
+    s, config, given = sample.flags(
+        "", train.Train, Config, argv=["--data=shapes", "--n_layer=5"], presets=train.presets
+    )
+    assert (s.max_steps, config.n_layer, config.prompt_style, given) == (4000, 5, "last", {"data", "n_layer"})
+    words = learn(tmp_path, counting, "--max_steps=1")
+    [line] = [line for line in words.splitlines() if line.startswith("settings: ")]
+    assert "--n_embd=64" in line and "--max_steps=1" in line and "--seed" not in line
+
+
+def test_a_text_file_trains_without_encoders(tmp_path):
+    """Its last twentieth is held out."""
+    text = "".join(f"{i} is a number. " for i in range(200))
+    (tmp_path / "my.txt").write_text(text)
+    words = said(train.main, *TINY, f"--data={tmp_path / 'my.txt'}", "--max_steps=2", f"--out_dir={tmp_path / 'out'}")
+    model = load(tmp_path / "out")
+    assert len(model.encoder) == 0 and model.config.image_encoder == "none"
+    records, val = data_records.read_data([str(tmp_path / "my.txt")], [])
+    assert records[0]["text"] + val[0]["text"] == text and len(val[0]["text"]) == len(text) // 20
+    assert "1 records to learn from" in words and "--raw" in words
+
+
 # ---------------------------------------------------------------------------------------------- sample.py
 
 
@@ -4794,27 +5257,166 @@ def test_eval_answers_each_question(how, trained, counting):
 
 
 def test_chat_keeps_the_state(trained, counting, monkeypatch):
+    """Two questions against one pass over the whole conversation, and against --chat, where an error ends nothing."""
     out, _, model = trained
-    ask = lambda *how: answer(model, *how, max_new_tokens=30)
-    forgotten, _ = ask(data_records.question(model, "Loud?"))
+    chat = sample.Chat(out, device="cpu")
+    forgotten = chat.ask("Loud?", max_new_tokens=30)
     for n in range(1, 9):
-        media = [("image", counting[0].parent / f"{n}.png")]
-        first, state = ask(data_records.question(model, "<image> How many?", media))
-        second, _ = ask(data_records.question(model, "Loud?", first=False), state)
+        path = counting[0].parent / f"{n}.png"
+        chat.reset()
+        first = chat.ask("<image> How many?", image=path, max_new_tokens=30)
+        second = chat.ask("Loud?", max_new_tokens=30)
         if second != forgotten:
             break
     assert second != forgotten  # or the test would not see the state
-    assert (
-        second == ask(data_records.segments(model, [("<image> How many?", "".join(first)), ("Loud?", None)], media))[0]
-    )
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"<{media[0][1]}> How many?\n<gone.png>?\nLoud?\n\n"))
-    chat = said(sample.main, f"--out_dir={out}", "--chat", "--max_new_tokens=30")
-    assert [x.strip() for x in chat.split("> ")[-4:]] == [
-        "".join(first).strip(),
-        "",
-        "".join(second).strip(),
-        "",
-    ]  # an error ends nothing
+    turns = [("<image> How many?", first), ("Loud?", second)]
+    [end] = get_tokenizer("bytes").encode("\n\n")
+    *read, (_, ids) = data_records.segments(model, turns, [("image", path)])
+    assert ids[-1] == end
+    with torch.no_grad():
+        _, whole = model([[*read, ("answer", ids)]])
+    for x, y in zip(itertools.chain(*chat.state), itertools.chain(*whole), strict=True):
+        assert distance(x, y) < 1e-5
+
+    lines = f"<{path}> How many?\n<gone.png>?\nLoud?\n\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    printed = said(sample.main, f"--out_dir={out}", "--chat", "--max_new_tokens=30")
+    assert printed.split("> ")[-4:] == [f"{first}\n", "", f"{second}\n", ""]
+
+
+def test_chat_shows_the_media_of_its_flags_until_a_question_is_answered(trained, counting, monkeypatch, capsys):
+    """As with the prompt given by a flag."""
+    path = counting[0].parent / "3.png"
+    line = [f"--out_dir={trained[0]}", f"--image={path}", "--max_new_tokens=30"]
+    answered = said(sample.main, *line, "--prompt=How many?")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("<gone.png>?\nHow many?\n"))
+    assert said(sample.main, *line, "--chat").endswith(f"> > {answered}> ")
+    assert "gone.png" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert said(sample.main, *line, "--chat", "--prompt=How many?").endswith(f"\n{answered}> ")
+
+
+@pytest.mark.parametrize("how", [{}, dict(temperature=1.0, top_k=9, top_p=0.9, seed=3)], ids=str)
+def test_chat_answers_as_the_command_line_does(how, trained, counting):
+    """Against the tokens of model.generate, decoded here."""
+    out, _, model = trained
+    path, how = str(counting[0].parent / "5.png"), how | {"max_new_tokens": 30}
+    flags = [f"--out_dir={out}", *(f"--{name}={value}" for name, value in how.items())]
+    seed = {"seed": 1} | how
+    for prompt, raw in (("How many?", False), ("User: ", True)):
+        media = {} if raw else {"image": path}
+        if raw:
+            segments = [("text", get_tokenizer("bytes").encode(prompt))]
+        else:
+            segments = data_records.question(model, prompt, [("image", path)])
+        tokens = [token for [token] in model.generate([segments], **seed)]
+        written = get_tokenizer("bytes").decode(tokens).decode(errors="replace")
+        want = written if raw else written.split("\n\n")[0].lstrip()
+        chat = sample.Chat(out, device="cpu")
+        assert chat.ask(prompt, **media, raw=raw, **how) == want
+        chat.reset()
+        pieces = chat.ask(prompt, **media, raw=raw, stream=True, **how)
+        pieces = list(pieces)
+        assert "".join(pieces) == want and all(pieces)
+        shown = [f"--{kind}={file}" for kind, file in media.items()]
+        assert said(sample.main, *flags, f"--prompt={prompt}", f"--raw={raw}", *shown) == want + "\n"
+
+
+@pytest.fixture(scope="session")
+def small_chat(tmp_path_factory):
+    """A Chat with a small random model that takes pictures, sound and series."""
+    path = tmp_path_factory.mktemp("small") / "small.pt"
+    save(path, randomise(ModRWKV(SMALL)))
+    return sample.Chat(path, device="cpu")
+
+
+def test_chat_reads_a_conversation_as_its_template_has_it(small_chat, tmp_path, monkeypatch):
+    """Two turns with given answers against one pass over the text written out; spaces go at the beginning alone."""
+    save(tmp_path / "x.pt", small_chat.model)
+    chat = sample.Chat(tmp_path / "x.pt", device="cpu", template="v1")
+    script(monkeypatch, codes("  a b\x17 c\x17"))
+    assert list(chat.ask("Hi", stream=True)) == ["a", " ", "b"] and chat.ask("Ho") == "c"
+    written = "\x16User: Hi\x17Assistant:  a b\x17User: Ho\x17Assistant: c\x17"
+    with torch.no_grad():
+        _, state = chat.model(torch.tensor([get_tokenizer("bytes").encode(written)]))
+    for x, y in zip(itertools.chain(*chat.state), itertools.chain(*state), strict=True):
+        assert distance(x, y) < 1e-5
+
+
+def test_chat_takes_files_and_arrays(small_chat, tmp_path):
+    """The same picture, sound or series as a file, as what Pillow or soundfile read of it, as array, tensor or list."""
+    x = pixels(1, 20, 30, 3)
+    picture = Image.fromarray(x)
+    picture.save(tmp_path / "x.png")
+    same = {"image": [tmp_path / "x.png", str(tmp_path / "x.png"), picture, x, torch.from_numpy(x)]}
+    gray = pixels(2, 20, 30)
+    clear = np.dstack([x, 255 - gray])
+    Image.fromarray(clear).save(tmp_path / "clear.png")
+    tone = np.float32(np.sin(np.arange(4000) / 5) / 2)
+    soundfile.write(tmp_path / "x.wav", tone, 16000, "FLOAT")
+    same["audio"] = [tmp_path / "x.wav", tone, torch.from_numpy(tone), tone.tolist()]
+    points = [math.sin(i / 3) for i in range(60)]
+    (tmp_path / "x.csv").write_text("y\n" + "".join("NA\n" if i == 7 else f"{y}\n" for i, y in enumerate(points)))
+    points[7] = None
+    same["series"] = [str(tmp_path / "x.csv"), points, tuple(points), np.array(points, np.float64)]
+    same = list(same.items()) + [("image", [tmp_path / "clear.png", clear]), ("image", [gray, np.dstack([gray] * 3)])]
+    blank = {"image": np.zeros_like(x), "audio": np.zeros_like(tone), "series": [1.0, 2.0]}
+    for kind, forms in same:
+        states = []
+        for form in (*forms, [forms[-1]], blank[kind]):
+            small_chat.reset()
+            small_chat.ask("What?", **{kind: form}, max_new_tokens=2)
+            states.append(torch.cat([x.flatten() for x in itertools.chain(*small_chat.state)]))
+        *states, other = states
+        assert all(distance(state, states[0]) < 1e-5 for state in states) and distance(other, states[0]) > 1e-3
+    small_chat.reset()
+    several = small_chat.ask("<image> or <image>?", image=[picture, gray], audio=[tone, tone], max_new_tokens=5)
+    media = [("image", picture), ("audio", tone), ("image", Image.fromarray(gray)), ("audio", tone)]
+    segments = data_records.question(small_chat.model, "<audio>\n<audio>\n<image> or <image>?", media)
+    assert several == "".join(answer(small_chat.model, segments, max_new_tokens=5)[0]).lstrip()
+
+
+def test_chat_forecasts_in_the_units_of_a_series(small_chat, tmp_path):
+    """Against model.forecast."""
+    points = [100 + 30 * math.sin(i / 3) for i in range(60)]
+    (tmp_path / "x.csv").write_text("a,b\n" + "".join(f"{y},{-y}\n" for y in points))
+    want = small_chat.model.forecast([points])[0].tolist()
+    state = small_chat.state
+    for series in (points, np.array(points), f"{tmp_path / 'x.csv'}#a"):
+        assert small_chat.forecast(series) == pytest.approx(want) and len(want) == SMALL.horizon
+    assert small_chat.forecast(points, 30) == pytest.approx(small_chat.model.forecast([points], 30)[0].tolist())
+    assert small_chat.state is state
+    assert "horizon=0" in refusal(small_chat.forecast, points, 0)
+    for wrong in ([1.0, "x"], np.zeros((3, 4)), None, [], [math.nan], np.array(["x"])):
+        assert "series" in refusal(small_chat.forecast, wrong)
+    assert "gone.csv" in refusal(small_chat.forecast, "gone.csv")
+
+
+def test_info(trained, tmp_path):
+    """Against the model's own counts and settings, and with an encoder that is not here."""
+    out, _, model = trained
+    first, parameters, run, changed, same = said(sample.main, f"--out_dir={out}", "--info").splitlines()
+    assert str(out) in first and "RWKV-7" in first and "2 layers x 64" in first and first.endswith("takes text, image")
+    counts = [p.numel() for p in model.parameters()]
+    language = sum(p.numel() for name, p in model.named_parameters() if name.split(".")[0] in LANGUAGE_PARTS)
+    assert [int(n.replace(",", "")) for n in re.findall(r"[\d,]+\d", parameters)] == [language, sum(counts) - language]
+    assert run.startswith("trained: 100 steps of 8 samples of ")
+    assert changed.split(": ")[1].split() == ["--n_embd=64", "--head_size=32"]
+    assert {*changed.split(": ")[1].split(), *same.split(": ")[1].split()} == {
+        f"--{name}={value}" for name, value in dataclasses.asdict(model.config).items()
+    }
+    contents = read_checkpoint(out)
+    contents["config"] |= {"image_encoder": "not/here", "audio_encoder": "mel"}
+    torch.save({"model": contents["model"], "config": contents["config"]}, tmp_path / "x.pt")
+    first, _, changed, _ = said(sample.main, f"--out_dir={tmp_path / 'x.pt'}", "--info", "--template=v3").splitlines()
+    assert first.endswith("takes text, image, audio") and "--image_encoder=not/here --audio_encoder=mel" in changed
+    assert "--template=v3" in changed
+    path, _ = released("WorldRWKV, pictures", tmp_path / "x.pth")
+    lines = said(sample.main, f"--out_dir={path}", "--info").splitlines()
+    assert lines[0].endswith("takes text, image") and "--image_encoder=siglip" in lines[2] and len(lines) == 4
+
+
+LANGUAGE_PARTS = {"emb", "blocks", "ln_out", "head"}
 
 
 def test_an_answer_is_streamed(trained, monkeypatch):
@@ -4934,7 +5536,8 @@ OF_SAMPLE |= {
     "--eval=good.jsonl --batch_size=0": "batch_size",
 }
 OF_SAMPLE |= {f"--eval=good.jsonl {other}": "--eval" for other in ("--prompt=Hi", "--image=good.png", "--chat")}
-OF_SAMPLE |= {"--raw --image=good.png": "--raw", "--raw --chat": "--raw"}
+OF_SAMPLE |= {"--raw --image=good.png": "--raw", "--raw --chat": "--raw", "--info --eval=good.jsonl": "--info --eval"}
+OF_SAMPLE |= {"--prompt=Hi --temperature=-1": "temperature=-1", "--series=good.png": "good.png"}
 
 
 @pytest.mark.parametrize("line", OF_SAMPLE)
@@ -4944,5 +5547,586 @@ def test_bad_flags_of_sample(line, odd, trained, monkeypatch):
     assert not [word for word in OF_SAMPLE[line].split() if word not in message]
 
 
+NO_MEDIA = {
+    "image": [5, b"x", "gone.png", "x.wav", {"path": "x.png"}, 0.5, [], [[1, 2], [3]], np.zeros((4, 4, 3))],
+    "audio": [5, b"x", "gone.wav", "x.png", {"array": []}, [], np.zeros((2, 9)), np.zeros(9, np.int16), [math.nan]],
+    "series": [5, object(), b"x", "gone.csv", "x.png", {"a": 1}, [], np.zeros((2, 9)), np.array(["x"]), [None]],
+}
+NO_MEDIA["image"] += [np.zeros((4, 4, 2), np.uint8), np.zeros((3, 9, 9), np.uint8), np.zeros((0, 4), np.uint8)]
+NO_MEDIA["image"] += [torch.zeros(4, 4), np.zeros((1, 4, 4, 3), np.uint8), np.zeros((4, 4), bool), io.BytesIO(b"x")]
+
+
+@pytest.mark.parametrize("kind", NO_MEDIA)
+def test_media_that_are_none(kind, small_chat, tmp_path, monkeypatch):
+    """One sentence each, alone or beside a good one, and the state is as it was."""
+    monkeypatch.chdir(tmp_path)
+    bars(tmp_path / "x.png", 1)
+    soundfile.write(tmp_path / "x.wav", np.zeros(999), 16000)
+    good = {"image": "x.png", "audio": "x.wav", "series": [1.0, 2.0]}[kind]
+    taken = {"image": "a picture is", "audio": "a sound is", "series": "a series "}[kind]
+    small_chat.ask("Hi", max_new_tokens=2)
+    state = small_chat.state
+    for wrong in NO_MEDIA[kind]:
+        for media in (wrong, [wrong, good], [good, wrong]):
+            message = refusal(small_chat.ask, "What?", **{kind: media}, max_new_tokens=2)
+            assert (wrong if isinstance(wrong, str) else taken) in message and len(message) < 250
+    assert small_chat.state is state
+
+
+def test_questions_that_cannot_be_answered(small_chat, trained, monkeypatch):
+    """One sentence each, before the first piece is asked for, and the state is as it was."""
+    x = pixels(1, 20, 30)
+    small_chat.ask("Hi", max_new_tokens=2)
+    state = small_chat.state
+    wrong = [
+        ("2 <image>", dict(prompt="<image><image><image>", image=x)),
+        ("1 <audio>", dict(prompt="<audio>", image=x)),
+        ("string", dict(prompt=None)),
+        ("string", dict(prompt=["Hi"])),
+        ("prompt", dict(prompt="  ")),
+        ("raw", dict(prompt="Hi", raw=True, image=x)),
+        ("temperature", dict(prompt="Hi", temperature=-1)),
+        ("max_new_tokens", dict(prompt="Hi", max_new_tokens=0)),
+        ("top_k", dict(prompt="Hi", top_k=-1)),
+    ]
+    for words, question in wrong:
+        assert words in refusal(small_chat.ask, **question) and words in refusal(
+            small_chat.ask, **question, stream=True
+        )
+    with pytest.raises(TypeError, match="media"):
+        small_chat.ask("What?", media="x.png")
+    for media in ("x.png", ["x.png"], [("picture", "x.png")]):
+        assert "pairs (kind, path)" in refusal(data_records.question, small_chat.model, "What?", media)
+    pieces = small_chat.ask("What?", max_new_tokens=30, temperature=2.0, stream=True)
+    next(pieces)
+    assert small_chat.state is state  # it was not given to its end
+    del pieces
+    monkeypatch.setattr(modrwkv, "pick", Mock(side_effect=[torch.tensor(66), torch.tensor(67), MemoryError]))
+    with pytest.raises(MemoryError):
+        small_chat.ask("What?")
+    assert small_chat.state is state
+    deaf = sample.Chat(trained[0], device="cpu")
+    for sound in (np.zeros(999, np.float32), "x.wav"):
+        assert "no audio encoder" in refusal(deaf.ask, "What?", audio=sound)
+    assert "series encoder" in refusal(deaf.forecast, [1.0, 2.0])
+    for path, words in (("nowhere", "nowhere"), (".", "ckpt.pt")):
+        assert words in refusal(sample.Chat, path)
+    assert "foo" in refusal(sample.Chat, trained[0], device="foo")
+
+
 def test_errors_as_the_user_sees_them(odd):
     assert "good.jsonl" in complaint(run([REPO / "sample.py", "--out_dir=good.jsonl", "--prompt=Hi"], cwd=odd))
+
+
+# ---------------------------------------------------------------------------------------------- a pretend GPU
+# Tensors that say they are on "cuda" or "mps" while their numbers are computed on the CPU, with gradients, optimizers and autocast.
+# What a GPU refuses raises: tensors of both devices in one operation, the CPU's random generator, float64 on mps.
+
+# Of torch's autocast_mode.h what is used here; and the operations whose result the host needs
+AUTOCAST_TO_HALF = set("mm addmm bmm baddbmm mv convolution".split())
+AUTOCAST_TO_FLOAT = set("exp log log10 pow rsqrt sum cumsum softplus linalg_vector_norm smooth_l1_loss".split())
+AUTOCAST_TO_FLOAT |= set("_softmax _log_softmax nll_loss_forward native_layer_norm native_group_norm".split())
+WAITS = set("_local_scalar_dense equal nonzero masked_select _unique2 unique_dim".split())
+
+
+def each(function, x):
+    """x with every leaf of its lists, tuples and dicts replaced by function(leaf); torch's tree_map takes three times as long."""
+    if isinstance(x, list | tuple):
+        return type(x)([each(function, y) for y in x])
+    return {name: each(function, y) for name, y in x.items()} if isinstance(x, dict) else function(x)
+
+
+class GpuTensor(torch.Tensor):
+    """A tensor that holds its `numbers` on the CPU; torch itself believes it to be on meta:0, a device without numbers."""
+
+    @staticmethod
+    def __new__(cls, gpu, numbers):
+        layout = dict(strides=numbers.stride(), storage_offset=numbers.storage_offset(), dtype=numbers.dtype)
+        x = torch.Tensor._make_wrapper_subclass(cls, numbers.size(), **layout, device="meta:0")
+        x.gpu, x.numbers = gpu, numbers
+        return x
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    device = property(lambda self: torch.device(self.gpu.kind, 0))
+    is_cuda = property(lambda self: self.gpu.kind == "cuda")
+    is_mps = property(lambda self: self.gpu.kind == "mps")
+    is_meta = property(lambda self: False)
+
+    @classmethod
+    def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
+        raise RuntimeError(f"{operation}: the pretend GPU of this tensor is no more")
+
+    def __repr__(self):
+        return f"{self.numbers}, device='{self.device}'"
+
+    def __reduce_ex__(self, protocol):  # as torch.save stores it
+        self.gpu.waits["save"] += 1
+        return self.numbers.__reduce_ex__(protocol)
+
+    def tolist(self):
+        self.gpu.waits["tolist"] += 1
+        return self.numbers.tolist()
+
+    def numpy(self):
+        raise TypeError(f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() first")
+
+
+class PretendGpu(TorchDispatchMode):
+    """Computes what is on the pretend device `kind`; `waits` counts, by the reason, how often the host had to wait for it."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.half, self.generators, self.waits = kind, False, {}, Counter()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        name, kwargs = operation.__name__.split(".")[0], dict(kwargs or {})
+        inputs = []
+        each(inputs.append, (args, kwargs))
+        mine = [x for x in inputs if isinstance(x, GpuTensor)]
+        on_cpu = [x for x in inputs if isinstance(x, torch.Tensor) and x.device.type == "cpu"]
+        here = bool(mine)
+        if kwargs.get("device"):
+            here = self.is_here(torch.device(kwargs["device"]))
+            kwargs["device"] = torch.device("cpu") if here else kwargs["device"]
+        self.count(name, args, kwargs, inputs, on_cpu, here)
+        if mine and name not in ("copy_", "_to_copy"):
+            self.refuse_both_devices(name, args, on_cpu)
+        if here and any(isinstance(x, torch._C.Generator) and x._cdata not in self.generators for x in inputs):
+            raise RuntimeError(f"{name}: Expected a '{self.kind}' device type for generator but found 'cpu'")
+        if name == "_fused_sdp_choice":
+            return 0  # attention by plain operations: what the CPU would choose is for CPU tensors
+        known, dtype = {id(x.numbers): x for x in mine}, self.cast(name, inputs)
+
+        def unwrap(x):
+            x = x.numbers if isinstance(x, GpuTensor) else x
+            return x.to(dtype) if dtype and isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+        def wrap(x):
+            if not isinstance(x, torch.Tensor) or id(x) in known:  # what is changed in place stays the same tensor
+                return known.get(id(x), x)
+            if self.kind == "mps" and x.dtype == torch.float64:
+                raise TypeError(
+                    "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64"
+                )
+            return GpuTensor(self, x)
+
+        made = operation(*each(unwrap, args), **each(unwrap, kwargs))
+        return each(wrap, made) if here else made
+
+    def is_here(self, device):
+        """What torch itself makes beside a GpuTensor, it makes on meta:0."""
+        if device.type == self.kind and device.index:
+            raise RuntimeError(f"{device}: invalid device ordinal")
+        return device.type == self.kind or device == torch.device("meta", 0)
+
+    def count(self, name, args, kwargs, inputs, on_cpu, here):
+        """Counts what the host waits for: copies, results that it needs, and masks, of which it needs how many are true."""
+        mine = any(isinstance(x, GpuTensor) for x in inputs)
+        if name in ("copy_", "_to_copy"):
+            up = isinstance(args[0], GpuTensor) if name == "copy_" else here
+            if up and on_cpu and not kwargs.get("non_blocking", args[2:] == (True,)):
+                self.waits["copy to the GPU"] += 1
+            if mine and not up:
+                self.waits["copy to the CPU"] += 1
+        elif mine and name in WAITS:
+            self.waits[name] += 1
+        elif mine and name.startswith("index"):
+            masks = [x for x in inputs[1:] if isinstance(x, torch.Tensor) and x.dtype == torch.bool]
+            self.waits["mask"] += len(masks)
+            self.waits["copy to the GPU"] += sum(x.dim() > 0 for x in on_cpu)
+
+    def refuse_both_devices(self, name, args, on_cpu):
+        """Only single numbers, and the indices of a tensor that is here, may be on the CPU."""
+        indices = args[1] if name.startswith("index") and isinstance(args[1], list | tuple) else ()
+        wrong = [x for x in on_cpu if x.dim() and not any(x is index for index in indices)]
+        if wrong:
+            raise RuntimeError(
+                f"{name}: Expected all tensors to be on the same device, but found {self.kind}:0 and cpu, {tuple(wrong[0].shape)}"
+            )
+
+    def cast(self, name, inputs):
+        """The dtype in which an operation has to run, where not in its inputs'. In a backward pass what was saved was not yet cast."""
+        floats = {x.dtype for x in inputs if isinstance(x, torch.Tensor) and x.is_floating_point()}
+        backward = torch._C._current_graph_task_id() != -1 and len(floats) > 1
+        to_float = AUTOCAST_TO_FLOAT if self.half else ()
+        to_half = AUTOCAST_TO_HALF if self.half or backward else ()
+        if torch.float64 in floats:
+            return None
+        if name.startswith("wkv7") or name in to_float or backward and name.endswith("norm_backward"):
+            return torch.float32  # wkv7: the CPU's part of kernel.cu has no other
+        if name.removesuffix("_backward") in to_half:
+            return torch.get_autocast_dtype(self.kind) if self.half else min(floats, key=lambda dtype: dtype.itemsize)
+        return None
+
+
+CUDA = dict(is_available=True, is_initialized=False, device_count=1, current_device=0, is_bf16_supported=True)
+CUDA |= dict(
+    get_device_name="pretend",
+    mem_get_info=(2**34, 2**34),
+    memory_reserved=0,
+    memory_allocated=0,
+    max_memory_allocated=2**30,
+)
+CUDA |= dict(_lazy_init=None, synchronize=None, empty_cache=None, reset_peak_memory_stats=None, manual_seed_all=None)
+
+
+def forget_kernels():
+    """What was compiled is looked for again, and what is missing is said again."""
+    modrwkv.kernel.cache_clear()
+    modrwkv.warn_slow.cache_clear()
+
+
+@contextlib.contextmanager
+def pretend_gpu(kind="cuda", kernel=True, capability=(8, 0)):
+    """Inside there is a GPU, for threads and libraries, too; torch.compile does nothing. kernel: whether kernel.cu can be compiled for it."""
+    gpu, to, run, set_autocast = PretendGpu(kind), torch.Tensor.to, threading.Thread.run, torch.set_autocast_enabled
+
+    def with_index(x):  # for which torch would ask the driver
+        return torch.device(kind, 0) if isinstance(x, str | torch.device) and str(x) == kind else x
+
+    def to_device(self, *args, **how):
+        return to(self, *map(with_index, args), **{name: with_index(x) for name, x in how.items()})
+
+    def run_thread(self):
+        with gpu:
+            run(self)
+
+    def set_autocast_enabled(device, on):
+        set_autocast(device, on)
+        gpu.half = on if device == kind else gpu.half
+
+    def casts(convolution):  # it compares dtypes before it is an operation
+        def function(x, weight, bias=None, *more):
+            half = torch.get_autocast_dtype(kind)
+            inputs = [z.to(half) if gpu.half and z is not None else z for z in (x, weight, bias)]
+            return convolution(*inputs, *more)
+
+        return function
+
+    class Generator(torch._C.Generator):
+        def __new__(cls, device="cpu"):
+            generator = super().__new__(cls, "cpu")
+            if torch.device(device).type == kind:
+                gpu.generators[generator._cdata] = generator
+            return generator
+
+    with pytest.MonkeyPatch.context() as m:
+        for name, value in CUDA.items() if kind == "cuda" else ():
+            m.setattr(torch.cuda, name, lambda *args, value=value, **how: value)
+        m.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        m.setattr(torch.cuda, "set_device", lambda device: torch.cuda._utils._get_device_index(device))
+        m.setattr(torch.version, "cuda", "13.0" if kind == "cuda" else None)
+        m.setattr(torch.backends.mps, "is_available", lambda: kind == "mps")
+        m.setattr(torch, "Generator", Generator)
+        m.setattr(torch, "compile", lambda function=None, **how: function)
+        m.setattr(torch, "set_autocast_enabled", set_autocast_enabled)
+        for name in ("conv1d", "conv2d"):
+            m.setattr(F, name, casts(getattr(F, name)))
+        m.setattr(torch.Tensor, "to", to_device, raising=False)
+        m.setattr(threading.Thread, "run", run_thread)
+        m.setattr(torch._C, "_InferenceMode", lambda on: torch.no_grad())  # which takes no tensors of a class like this
+        m.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)  # Module.to makes new parameters
+        m.setattr(torch.utils._foreach_utils, "_foreach_supported_types", [torch.Tensor, torch.nn.Parameter, GpuTensor])
+        if kernel:
+            m.setattr(modrwkv, "compile_for_gpu", modrwkv.compile_for_cpu)
+        forget_kernels()
+        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") is a copy of one on the CPU
+        try:
+            with gpu:
+                yield gpu
+        finally:
+            torch._C._set_only_lift_cpu_tensors(False)
+            forget_kernels()
+
+
+def test_the_pretend_gpu_refuses_what_a_gpu_refuses():
+    """As torch does on CUDA; and is gone afterwards."""
+    before = torch.cuda.is_available, torch.Tensor.to, torch.Generator, F.conv1d, modrwkv.compile_for_gpu
+    with pretend_gpu():
+        x, on_cpu = torch.ones(3, device="cuda"), torch.ones(3)
+        assert (x.device, x.is_cuda, x.cpu().is_cuda) == (torch.device("cuda:0"), True, False)
+        numbers_and_indices = (x + torch.tensor(2.0))[torch.tensor([0, 1])]  # from the CPU are taken
+        assert numbers_and_indices.tolist() == [3, 3]
+        for wrong in (
+            lambda: x + on_cpu,
+            lambda: torch.cat([x, on_cpu]),
+            lambda: on_cpu.mul_(x),
+            lambda: on_cpu[x.long()],
+            lambda: x.index_put_((torch.tensor([0, 1]),), on_cpu[:2]),
+            lambda: torch.multinomial(x, 1, generator=torch.Generator()),
+            lambda: torch.empty(1, device="cuda:1"),
+        ):
+            with pytest.raises(RuntimeError, match="same device|device type|ordinal"):
+                wrong()
+        with pytest.raises(ValueError, match="index"):
+            torch.cuda.set_device(torch.device("cuda"))
+        with pytest.raises(TypeError, match="numpy"):
+            x.numpy()
+    with pretend_gpu("mps"), pytest.raises(TypeError, match="float64"):
+        torch.ones(3, device="mps").double()
+    assert before == (torch.cuda.is_available, torch.Tensor.to, torch.Generator, F.conv1d, modrwkv.compile_for_gpu)
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_the_pretend_gpu_computes_what_the_cpu_computes(kind, tmp_path):
+    """Three steps of AdamW and Muon from the same weights, gradients clipped; the checkpoint of each is the CPU's."""
+
+    def steps(device, path):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(
+            torch.nn.Conv1d(3, 8, 3), torch.nn.LayerNorm(6), torch.nn.GELU(), torch.nn.Linear(6, 4)
+        ).to(device)
+        optimizers = [torch.optim.AdamW(net.parameters(), fused=True), torch.optim.Muon([net[3].weight])]
+        for _ in range(3):
+            net(torch.randn(5, 3, 8).to(device)).square().mean().backward()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+            for optimizer in optimizers:
+                optimizer.step()
+            found = [x.grad.cpu() for x in net.parameters()] + [x.detach().cpu() for x in net.parameters()]
+            net.zero_grad()
+        torch.save((net.state_dict(), [optimizer.state_dict() for optimizer in optimizers]), path)
+        return found
+
+    want = steps("cpu", tmp_path / "cpu.pt")
+    with pretend_gpu(kind):
+        got = steps(kind, tmp_path / "gpu.pt")
+    assert all(map(torch.equal, got, want))
+    stored = [
+        tree_leaves(torch.load(tmp_path / name, map_location="cpu", weights_only=True)) for name in ("gpu.pt", "cpu.pt")
+    ]
+    got, want = ([x for x in leaves if isinstance(x, torch.Tensor)] for leaves in stored)
+    assert all(map(torch.equal, got, want)) and {type(x) for x in got} == {torch.Tensor}
+    assert len(got) == len(want) == 6 + 6 * 3 + 1  # weights, AdamW's moments and steps, Muon's momentum
+
+
+def test_the_pretend_gpu_casts_under_autocast_as_cuda():
+    """As torch's documentation lists it: matrix products in bfloat16, norms, softmax and sums in float32, gradients as the weights."""
+    net = torch.nn.Sequential(torch.nn.Conv1d(2, 2, 1), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2))
+    with pretend_gpu():
+        net.to("cuda")
+        with torch.autocast("cuda", torch.bfloat16):
+            half = net(torch.ones(2, 4, device="cuda"))
+            full = net[1](half.repeat(1, 2)), half.softmax(-1), half.sum(), half.exp()
+            with torch.autocast("cuda", enabled=False):
+                assert (net[2].weight @ net[2].weight.mT).dtype == torch.float32
+        assert half.dtype == torch.bfloat16 and {x.dtype for x in full} == {torch.float32}
+        half.sum().backward()
+        assert {p.grad.dtype for p in net.parameters()} == {torch.float32}
+        with pytest.raises(RuntimeError, match="dtype"):
+            half @ net[2].weight
+
+
+def test_the_pretend_gpu_counts_what_the_host_waits_for():
+    """What torch.cuda.set_sync_debug_mode warns of; not a copy with non_blocking."""
+    with pretend_gpu() as gpu:
+        x = torch.ones(3, device="cuda").add_(1).clamp(max=2)
+        x.copy_(torch.zeros(3), non_blocking=True)
+        assert not +gpu.waits
+        x.sum().item(), float(x[0]), bool(x.any())
+        x.tolist(), x.cpu(), x[x > 1], x.nonzero(), x[torch.tensor([1])], torch.tensor([1], device="cuda:0")
+    copies = {"copy to the CPU": 1, "copy to the GPU": 2}
+    assert +gpu.waits == {"_local_scalar_dense": 3, "tolist": 1, "mask": 1, "nonzero": 1} | copies
+
+
+SHORT = "--n_layer=2 --n_embd=64 --head_size=32 --encoder_width=32 --image_encoder=none --series_kernel=4".split()
+SHORT += "--series_stride=4 --lookback=24 --horizon=8 --level_steps=0 --warmup_steps=1 --schedule=constant".split()
+SHORT += "--batch_size=4 --max_steps=2 --dtype=float32 --adam_eps=1e-6 --num_workers=0".split()
+
+
+@pytest.fixture(scope="session")
+def senses(tmp_path_factory):
+    """A folder with a few records of each kind: image, audio, series, text and quiet (nothing is asked) .jsonl; x.csv; and
+    ckpt.pt, a language model that has learned to be brief."""
+    folder = tmp_path_factory.mktemp("senses")
+    wave = [math.sin(i / 3) + 5 for i in range(300)]
+    for n in range(4):
+        bars(folder / f"{n}.png", n + 1)
+        soundfile.write(folder / f"{n}.wav", 0.5 * np.sin(np.arange(3200 + 160 * n) * n / 5) + 0.01, 16000)
+    records = {
+        "image": [talk("<image>\nHow many?", str(n), "Many?", "no", image=f"{n}.png") for n in range(4)],
+        "audio": [talk("<audio>", "low", audio=f"{n}.wav") for n in range(4)],
+        "series": [{"target": wave[n : n + 60]} for n in range(4)],
+        "quiet": [{"text": "there is nothing to answer"}],
+        "text": [{"text": "what"}] + [talk("Up?", "no")] * 8,
+    }
+    records["series"] += [talk("<series>\nUp?", "yes", series=wave[:24])] * 4
+    for kind in records:
+        jsonl(folder / f"{kind}.jsonl", *records[kind])
+    (folder / "x.csv").write_text("y\n" + "".join(f"{y}\n" for y in wave))
+    line = *SHORT, f"--data={folder / 'text.jsonl'}", f"--out_dir={folder}", "--device=cpu", "--rwkv=6"
+    said(train.main, *line, "--max_steps=10", "--learning_rate=1e-2")
+    return folder
+
+
+ASKED = {  # by the kind of data: one prompt, or a forecast; what the chat is told; what else is scored
+    "image": (("--image=0.png", "--prompt=How many?"), "<1.png> How many?", "image.jsonl"),
+    "audio": (("--audio=0.wav", "--temperature=1", "--top_k=9"), "<1.wav>", "audio.jsonl"),
+    "series": (("--series=x.csv", "--horizon=20"), "<x.csv> Up?", "x.csv"),
+    "text": (("--raw", "--prompt=what", "--temperature=1", "--top_p=0.9"), "Up?", "text.jsonl"),
+}
+
+
+def train_resume_and_ask(device, kind, out, *flags):
+    """What is logged and printed when a user does that on a device, in the folder of `senses`."""
+    line = (*SHORT, f"--device={device}", f"--out_dir={out}", f"--data={kind}.jsonl", f"--val_data={kind}.jsonl")
+    line += tuple(flag.format(device=device) for flag in flags)
+    said(train.main, *line)
+    said(train.main, *line, "--resume", "--max_steps=3")
+    prompt, told, file = ASKED[kind]
+    ask = f"--out_dir={out}", f"--device={device}", "--max_new_tokens=4"
+    printed = [said(sample.main, *ask, *prompt), said(sample.main, *ask, f"--eval={file}")]
+    with patch("builtins.input", side_effect=[told, "And now?", ""]):
+        printed.append(said(sample.main, *ask, "--chat"))
+    return {key: column(out, key) for key in ("loss", "grad_norm", "val_loss")}, printed
+
+
+PINNED = pytest.mark.filterwarnings("ignore:'pin_memory' argument")  # torch's data loader is not taken in
+
+
+@PINNED
+@pytest.mark.parametrize(
+    "device, kind, encoder, flags",
+    [
+        ("cuda", "image", "patch", "--optimizer=muon --scan=bi --grad_accum=2 --num_workers=1"),
+        ("mps", "image", "siglip", "--phase=adapter --init_from=ckpt.pt"),
+        ("cuda", "image", "dinov2", "--rwkv=5 --scan=multi --n_layer=4 --cls=last --feature_cache=of_{device}"),
+        ("cuda", "audio", "mel", "--rwkv=6 --dtype=bfloat16 --checkpoint_activations"),
+        ("cuda", "audio", "whisper", "--phase=adapter --init_from=ckpt.pt --grad_accum=2 --dtype=bfloat16"),
+        ("mps", "audio", "wavlm", "--optimizer=muon --feature_cache=of_{device}"),
+        ("cuda", "series", "wavenet", "--optimizer=muon --loss_reduction=sample --dtype=bfloat16"),
+        ("mps", "series", "timer", "--series_kernel=0 --timer_weights=timer.safetensors --rwkv=5"),
+        ("cuda", "text", "none", "--rwkv=5 --l2wrap=0.01 --grad_accum=2 --dtype=bfloat16"),
+        ("mps", "text", "none", "--head_size=16"),
+    ],
+)
+def test_a_gpu_trains_resumes_and_answers_as_the_cpu_does(
+    device, kind, encoder, flags, senses, folders, tmp_path, monkeypatch
+):
+    """From the first flag to the score, the checkpoint, --resume, one prompt (or a forecast), --eval and --chat. In bfloat16 within what its
+    rounding does to three steps, as a GPU does not round where a CPU does."""
+    monkeypatch.chdir(senses)
+    for name, value in dict(width=16, PATCH=4, LAYERS=2, HEADS=2, HIDDEN=24).items():
+        monkeypatch.setattr(Timer, name, value)
+    modrwkv.write("timer.safetensors", randomise(Timer(Config()), 5).state_dict())
+    encoder = folders(encoder) if encoder in modrwkv.HUB else encoder
+    flags = (*flags.split(), *([] if kind == "text" else [f"--{kind}_encoder={encoder}"]))
+    want, printed = train_resume_and_ask("cpu", kind, tmp_path / "cpu", *flags)
+    with pretend_gpu(device):
+        got, printed_too = train_resume_and_ask(device, kind, tmp_path / "gpu", *flags)
+    half = "--dtype=bfloat16" in flags
+    for key, rounding in dict(loss=0.03, val_loss=0.03, grad_norm=0.1).items():
+        assert got[key] == pytest.approx(want[key], rel=rounding if half else 1e-5) and len(set(want[key])) >= 2
+    number = re.compile(r"\d+\.\d+")
+    for line, line_too in zip(printed, printed_too, strict=True) if not half else ():
+        assert number.sub("#", line_too) == number.sub("#", line)
+        assert [*map(float, number.findall(line_too))] == pytest.approx([*map(float, number.findall(line))], rel=1e-4)
+
+
+@PINNED
+@pytest.mark.parametrize(
+    "device, programs, reason",
+    [
+        ("cpu", {}, "there is no C++ compiler; install g++ or clang++"),
+        ("cpu", {"g++": "exit 1"}, "cannot compile kernel.cu"),
+        ("cuda", {}, "there is no nvcc; pip install"),
+        ("cuda", {"nvcc": "exit 1"}, "nvcc cannot compile kernel.cu"),
+        ("mps", {}, "not for mps"),
+    ],
+)
+def test_a_machine_without_the_kernel_trains_and_says_why_it_is_slower(
+    device, programs, reason, senses, tmp_path, monkeypatch, capsys
+):
+    """In one line, once; its losses are those of the machine that has it. programs: shell scripts, all that PATH holds."""
+    line = *SHORT, f"--data={senses / 'text.jsonl'}", f"--val_data={senses / 'text.jsonl'}"
+    said(train.main, *line, "--device=cpu", f"--out_dir={tmp_path / 'fast'}")
+    (tmp_path / "bin").mkdir()
+    for name, script in programs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    for name, value in dict(PATH=tmp_path / "bin", XDG_CACHE_HOME=tmp_path, CUDA_HOME=tmp_path, CXX="").items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setitem(sys.modules, "nvidia", None)  # where pip puts another nvcc
+    forget_kernels()
+    capsys.readouterr()
+    with pretend_gpu(device, kernel=False) if device != "cpu" else contextlib.nullcontext():
+        said(train.main, *line, f"--device={device}", f"--out_dir={tmp_path / 'slow'}")
+    forget_kernels()
+    slower = [line for line in capsys.readouterr().err.splitlines() if "several times slower" in line]
+    assert len(slower) == 1 and reason in slower[0]
+    for key in ("loss", "grad_norm", "val_loss"):
+        assert column(tmp_path / "slow", key) == pytest.approx(column(tmp_path / "fast", key), rel=1e-4)
+
+
+@PINNED
+@pytest.mark.parametrize("device, head_size", [("cpu", 48), ("cpu", 8), ("cuda", 8)])
+def test_head_sizes_that_the_kernel_lacks_train(device, head_size, senses, tmp_path, capsys):
+    """In PyTorch's operations, as the one line says."""
+    data = f"--data={senses / 'text.jsonl'}", f"--val_data={senses / 'text.jsonl'}", f"--out_dir={tmp_path}"
+    forget_kernels()
+    with pretend_gpu(device) if device != "cpu" else contextlib.nullcontext():
+        said(train.main, *SHORT, *data, f"--device={device}", f"--head_size={head_size}", "--n_embd=48")
+    losses = column(tmp_path, "loss")
+    assert len(losses) == 2 and losses[1] < losses[0]
+    assert f"not {head_size}\n" in capsys.readouterr().err
+
+
+@PINNED
+@pytest.mark.parametrize("capability, dtype, skipped", [((8, 0), "bfloat16", 0), ((7, 5), "float16", 3)])
+def test_a_gpu_trains_in_the_precision_that_it_has(capability, dtype, skipped, senses, tmp_path):
+    """bfloat16 from Ampere on. Before, float16 and its scale of gradients, which is halved at steps in which they overflow, and kept by a
+    checkpoint; the first gradient that does not is float32's."""
+    data = jsonl(tmp_path / "up.jsonl", *[talk("Up?", "no")] * 4)
+    line = *SHORT, f"--data={data}", f"--val_data={senses / 'quiet.jsonl'}"
+    said(train.main, *line, "--device=cpu", f"--out_dir={tmp_path / 'cpu'}")
+    with pretend_gpu(capability=capability):
+        out = f"--out_dir={tmp_path / 'gpu'}"
+        words = said(train.main, *line, out, "--device=cuda", "--dtype=auto", "--max_steps=4")
+        said(train.main, out, "--resume", "--max_steps=5")
+    assert f"cuda:0, {dtype}" in words
+    norms, losses = column(tmp_path / "gpu", "grad_norm"), column(tmp_path / "gpu", "loss")
+    assert [math.isfinite(x) for x in norms] == [False] * skipped + [True] * (5 - skipped)
+    assert norms[skipped] == pytest.approx(column(tmp_path / "cpu", "grad_norm")[0], rel=0.02)
+    assert losses[: skipped + 1] == pytest.approx(column(tmp_path / "cpu", "loss")[:1] * (skipped + 1), rel=0.02)
+    assert losses[skipped + 1] < 0.8 * losses[0]
+    assert kept(tmp_path / "gpu", "scaler").get("scale") == (65536 / 2**skipped if skipped else None)
+
+
+@PINNED
+def test_a_training_step_waits_for_the_gpu_only_where_it_logs(senses, tmp_path):
+    """Four steps more are no wait more; with a line in the log for each step there is one for each."""
+    data = ",".join(str(senses / f"{kind}.jsonl") for kind in ("image", "audio", "series", "text"))
+    line = *SHORT, f"--data={data}", f"--val_data={senses / 'quiet.jsonl'}", "--dtype=bfloat16", "--device=cuda"
+    line += "--image_encoder=patch", "--audio_encoder=mel", "--series_encoder=wavenet", "--scan=bi", "--n_layer=1"
+
+    def waits(steps, interval):
+        out = f"--out_dir={tmp_path / f'{steps} {interval}'}"
+        with pretend_gpu() as gpu:
+            said(train.main, *line, out, f"--max_steps={steps}", f"--log_interval={interval}")
+        return gpu.waits
+
+    rarely = waits(12, 100)
+    assert rarely == waits(8, 100)  # in eight steps each record comes once
+    assert waits(12, 1) - rarely == {"tolist": 11}
+
+
+def test_batches_may_be_on_the_gpu_already(model, folders):
+    """FSDP2 moves what a module is given to its device, as it does it; both kinds of encoders."""
+    from torch.distributed.utils import _to_kwargs
+
+    pretrained = dict(image_encoder=folders("dinov2"), audio_encoder=folders("whisper"))
+    frozen = randomise(ModRWKV(dataclasses.replace(SMALL, **pretrained)))
+    eyes, ears = torch.from_numpy(pixels(1, 3, 32, 32)), torch.from_numpy(pixels(2, 9000)) / 255
+    samples = {
+        copy.deepcopy(model).float(): [
+            [picture(0), sound(1), series(2), ("answer", codes("abc"))],
+            [("forecast", (series(3, 48)[1], torch.ones(12, 12)))],
+        ],
+        frozen: [[("image", [eyes]), ("audio", ears), ("answer", codes("abc"))]],
+    }
+    for net, batch in samples.items():
+        want = net.loss(batch).item()
+        with pretend_gpu():
+            net.to("cuda")
+            for given in (batch, net.collate(batch)):
+                [[moved]], _ = _to_kwargs((given,), {}, torch.device("cuda", 0), False)
+                assert net.loss(moved).item() == pytest.approx(want, rel=1e-5)

@@ -17,8 +17,6 @@ import json
 import math
 import os
 import random
-import shlex
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
@@ -27,28 +25,23 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # read when torch is imported: 
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+import torch.distributed.checkpoint.state_dict as state_dicts
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data.records import (
     cache_media,
+    data_set,
+    find_data,
     held_out_samples,
-    read_records,
-    record_media,
+    read_data,
     record_sample,
-    record_turns,
     rough_length,
+    sample_command,
 )
 from data.released import read_checkpoint
-from data.scores import errors, report, score
-from data.text import MARK
+from data.scores import draw_curve, errors, report, score
 from modrwkv import (
     ENCODERS,
     MEDIA,
@@ -57,6 +50,7 @@ from modrwkv import (
     ModRWKV,
     build,
     freeze,
+    has_kernel,
     parameter_groups,
     read_timer,
     setting,
@@ -134,73 +128,11 @@ PRESETS = {  # flags that suit a data set, where they are not given; of several 
     "gift_eval": SERIES,
     "llava": "--image_height=64 --patch_height=16 --patch_width=16 --image_trim=False",
 }
-DATA = os.path.join(os.path.dirname(os.path.realpath(__file__)), "data")
-DATA_SETS = sorted(name for name in os.listdir(DATA) if os.path.exists(os.path.join(DATA, name, "prepare.py")))
-
-
-def data_set(name):
-    """The data set of data/ that is meant by its name or by a path of its folder, else ""."""
-    folder, base = os.path.split(os.path.realpath(name))
-    known = name if name in DATA_SETS else base if folder == DATA else ""
-    return known if known in DATA_SETS else ""
 
 
 def presets(data):
     """The flags that suit --data."""
     return " ".join(PRESETS.get(data_set(name), "") for name in data.split(","))
-
-
-def find_data(names, val):
-    """Paths of training and of held-out files; a data set of data/ that is not there yet is prepared."""
-    paths, held_out = [], [val] if val else []
-    for name in names.split(","):
-        known = data_set(name)
-        folder = os.path.join(DATA, known) if known else name
-        files = [os.path.join(folder, f"{part}.jsonl") for part in ("train", "val")]
-        if known and not all(map(os.path.exists, files)):
-            prepare(known)
-        if all(map(os.path.exists, files)):
-            paths.append(files[0])
-            held_out += [] if val else files[1:]
-        elif os.path.splitext(name)[1] in (".json", ".jsonl", ".txt"):
-            paths.append(name)
-        else:
-            raise InputError(
-                f"--data={name} is no .json, .jsonl or .txt file, no folder with train.jsonl and val.jsonl, "
-                f"and none of {', '.join(DATA_SETS)}"
-            )
-    return paths, held_out
-
-
-def prepare(name):
-    """Runs data/<name>/prepare.py."""
-    print0(f"preparing data/{name} ...")
-    code = subprocess.run([sys.executable, os.path.join(DATA, name, "prepare.py")]).returncode
-    if code == 2:  # argparse's: it takes a path
-        raise InputError(
-            f"data/{name} is made from files of your own: python data/{name}/prepare.py --help says from which"
-        )
-    if code:
-        raise InputError(f"data/{name}/prepare.py did not finish: see its message above")
-
-
-def read_data(s, rank, world):
-    """Records to learn from, and held-out ones: those of several files in turns."""
-    if rank == 0:
-        paths, held_out = find_data(s.data, s.val_data)
-    if world > 1:  # the first process prepares, the others wait
-        dist.barrier()
-        paths, held_out = find_data(s.data, s.val_data)
-    records = [record for path in paths for record in read_records(path)]
-    val = [x for of_each in itertools.zip_longest(*map(read_records, held_out)) for x in of_each if x]
-    if not val:
-        val = records[::20]
-        records = [record for i, record in enumerate(records) if i % 20] or records
-    if any(record.get("audio") for record in val):
-        errors([("a", "a")])  # better to miss jiwer now than when the answers are scored
-    names = ", ".join(map(os.path.relpath, paths))
-    print0(f"data: {len(records):,} records to learn from ({names}), {len(val):,} held out")
-    return records, val
 
 
 # --------------------------------------------------------------------------------------------------- batches
@@ -216,8 +148,8 @@ def without_weights(model):
 class Batches(Dataset):
     """The micro-batches of each step: a function of (seed, step) alone, so a resumed run needs no other position.
 
-    Every record comes once in an epoch; before that, while records of a higher level wait, draws are from the others, and
-    each folder keeps its share. Within a few batches, records of like length share a batch, which leaves little padding.
+    Every record comes once in an epoch; before that, while records of a higher level wait, draws are from the others,
+    and each folder keeps its share. Within a few batches, records of like length share a batch: less padding.
     """
 
     BUCKET = 8  # batches
@@ -227,13 +159,13 @@ class Batches(Dataset):
         self.model = without_weights(model)
         self.levels = [record.get("level", 0) for record in records]
         self.lengths = [rough_length(model, record, settings.ctx_len) for record in records]
-        self.order = functools.lru_cache(2)(self.order)
-        self.bucket = functools.lru_cache(2)(self.bucket)
 
+    @functools.lru_cache(2)
     def order(self, epoch):
         generator = torch.Generator().manual_seed(self.settings.seed * 1000003 + epoch)
         return torch.randperm(len(self.records), generator=generator).tolist()
 
+    @functools.lru_cache(2)
     def bucket(self, b):
         """The batches of BUCKET steps, as lists of (place in the run, index of the record)."""
         s, rng, n = self.settings, random.Random(f"{self.settings.seed} {b}"), len(self.records)
@@ -255,7 +187,7 @@ class Batches(Dataset):
         return self.settings.max_steps
 
     def __getitem__(self, step):
-        """This process's micro-batches of a step; an InputError is returned, as a worker would raise it with a traceback."""
+        """This process's micro-batches of a step, or an InputError, which a worker would raise with a traceback."""
         batch = self.bucket(step // self.BUCKET)[step % self.BUCKET]
         pieces = self.world * self.settings.grad_accum
         size = len(batch) // pieces
@@ -274,12 +206,16 @@ class Batches(Dataset):
     def collate(self, places):
         return self.model.collate([self.sample(*place) for place in places])
 
+    @functools.lru_cache(16)
+    def whole(self, i):
+        """A text or a series, of which each sample is a window."""
+        return record_sample(self.model, self.records[i])
+
     def sample(self, place, i):
         """The segments of record i; of a text or a series a window, at random by its place in the run."""
-        sample = record_sample(self.model, self.records[i])
         if self.records[i].get("conversations"):
-            return sample
-        [(kind, data)] = sample
+            return record_sample(self.model, self.records[i])
+        [(kind, data)] = self.whole(i)
         rng = random.Random(f"{self.settings.seed} {place}")
         if kind == "forecast":
             return self.model.window(data, rng)
@@ -306,16 +242,14 @@ def start_process(s):
     device = find_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if (
-        world > 1
-    ):  # two backends: counts are exchanged on the CPU, gradients where they are; the first process scores alone
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
+    if world > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # counts are exchanged on the CPU
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # others wait while the first one scores
     return rank, world, device
 
 
 def autocast_dtype(name, device):
-    """The dtype of --dtype; auto: bfloat16 where the hardware multiplies in it, float16 on a GPU before Ampere, else float32."""
+    """The dtype of --dtype; auto: bfloat16 where the hardware multiplies in it, on older GPUs float16, else float32."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":  # is_bf16_supported() also says yes where it is emulated
@@ -335,7 +269,7 @@ def read_run(s, given):
 
 
 def start_model(s, config, given, records, ckpt):
-    """The model: of the run to resume, of --init_from, or a new one, with an encoder for each kind of media in the records."""
+    """The model: the one to resume, that of --init_from, or a new one, with an encoder for each kind of media."""
     names = {f.name for f in fields(Config)} & given
     if ckpt:
         return resumed_model(os.path.join(s.out_dir, "ckpt.pt"), config, names, ckpt)
@@ -420,9 +354,8 @@ def learning_rate(step, s):
     """Of a step, counted from 0 ([1]'s "wsd" is what is called cosine here)."""
     if step < s.warmup_steps:
         return s.learning_rate * (step + 1) / s.warmup_steps
-    length = {"wsd": s.decay_fraction * s.max_steps, "cosine": s.max_steps - s.warmup_steps, "constant": 1e-9}[
-        s.schedule
-    ]
+    lengths = {"wsd": s.decay_fraction * s.max_steps, "cosine": s.max_steps - s.warmup_steps, "constant": 1e-9}
+    length = lengths[s.schedule]
     p = min(1, max(0, (step + 1 - (s.max_steps - length)) / max(length, 1e-9)))  # how much of the decay is done
     left = {"wsd": 1 - p, "cosine": (1 + math.cos(math.pi * p)) / 2, "constant": 1}[s.schedule]
     return s.lr_final + (s.learning_rate - s.lr_final) * left
@@ -460,7 +393,7 @@ def reset_peak_memory(device):
 
 
 def try_longest(objective, batches, scaler, amp, device):
-    """Forward and backward of the longest micro-batch that there can be, which changes nothing. Returns a line about its memory."""
+    """Forward and backward of the longest micro-batch there can be, which changes nothing; says how much memory it took."""
     reset_peak_memory(device)
     before = peak_memory(device)
     with memory_advice():
@@ -481,24 +414,26 @@ def load_optimizer_state(model, optimizers, state):
         for optimizer, own in zip(optimizers, state):
             optimizer.load_state_dict(own)
         return
-    set_optimizer_state_dict(model, optimizers, state, options=WHOLE)
+    state_dicts.set_optimizer_state_dict(model, optimizers, state, options=WHOLE)
     names = {p: name for name, p in model.named_parameters()}
     for optimizer in optimizers:
         for p in optimizer.state.keys() - {p for p, name in names.items() if name in state["state"]}:
             del optimizer.state[p]  # made up by set_optimizer_state_dict for what was never trained
 
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
+WHOLE = state_dicts.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
 PARTS = [("emb.",), ("forecast_head.",), *((f"encoder.{kind}.", f"adapter.{kind}.") for kind in MEDIA)]
 
 
-def parts_needed(batch):
-    """Which of PARTS a batch needs."""
-    return [len(batch.ids) > 0, len(batch.forecasts) > 0, *(kind in batch.media for kind in MEDIA)]
+def count(batch, s):
+    """Numbers of a batch that a step needs: targets of the loss, tokens, and which of PARTS it needs."""
+    n = len(batch.n_targets) if s.loss_reduction == "token" else batch.n_samples
+    needed = [len(batch.ids) > 0, len(batch.forecasts) > 0, *(kind in batch.media for kind in MEDIA)]
+    return [n, int(batch.lengths.sum()), *needed]
 
 
 def drop_unneeded_gradients(model, needed):
-    """Zeros, which DDP and FSDP make for the PARTS that no process needed, would be a step to AdamW; None is none."""
+    """Zeros, which DDP, FSDP and Loss make for PARTS that no process needed, would be a step to AdamW; None is none."""
     unneeded = tuple(name for names, n in zip(PARTS, needed) if not n for name in names)
     for name, p in model.named_parameters():
         if name.startswith(unneeded):
@@ -540,10 +475,14 @@ class Log:
         for (loss, norm), entry in zip(values, entries):
             if not math.isfinite(loss):
                 raise InputError(
-                    f"the loss is {loss} at step {entry['step'] - 1}: try a lower --learning_rate; the last checkpoint is kept"
+                    f"the loss is {loss} at step {entry['step'] - 1}: try a lower --learning_rate; "
+                    "the last checkpoint is kept"
                 )
             self.loss_ema = loss if self.loss_ema is None else 0.95 * self.loss_ema + 0.05 * loss
-            self.write(step=entry["step"], loss=loss, grad_norm=norm, **{k: v for k, v in entry.items() if k != "step"})
+            finite = (
+                norm if math.isfinite(norm) else None
+            )  # float16's first steps, while its scale is found, are skipped
+            self.write(**entry | {"loss": loss, "grad_norm": finite})
 
 
 @torch.no_grad()
@@ -580,49 +519,12 @@ def describe(s, model, device, dtype, world, first):
     processes = f", {world} processes" if world > 1 else ""
     c = model.config
     print0(
-        f"model: {language:.2f} M parameters of RWKV-{c.rwkv} ({c.n_layer} layers x {c.n_embd}), {sum(sizes.values()) - language:.2f} M "
+        f"model: {language:.2f} M parameters of RWKV-{c.rwkv} ({c.n_layer} layers x {c.n_embd}), "
+        f"{sum(sizes.values()) - language:.2f} M "
         f"of encoders and adapters; {device}, {str(dtype)[6:]}{threads}{processes}"
     )
     then = f", from step {first} on" if first else ""
     print0(f"training: {s.max_steps - first} steps of {s.batch_size} samples into {s.out_dir}{then}")
-
-
-def sample_command(record):
-    """The flags of sample.py that ask what a record asks first."""
-    if not record.get("conversations"):
-        return "--series=NUMBERS.csv" if "target" in record else "--raw --temperature=0.8"
-    question, _ = record_turns(record)[0]
-    media = list(record_media(record))[: len(MARK.findall(question))]
-    words = []
-    for kind in MEDIA:
-        paths = [os.path.relpath(path) if isinstance(path, str) else "NUMBERS.csv" for k, path in media if k == kind]
-        words += [f"--{kind}={shlex.quote(','.join(paths))}"] if paths else []
-    prompt = MARK.sub("", question).strip() if len(media) == 1 and MARK.match(question) else question
-    return " ".join(words + ([f"--prompt={shlex.quote(prompt)}"] if prompt else []))
-
-
-def draw_curve(log, path):
-    """The losses of log.jsonl as a picture, where matplotlib is installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        return
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
-    with open(log) as f:
-        lines = [json.loads(line) for line in f]
-    for key in ("loss", "val_loss"):
-        points = [(x["step"], x[key]) for x in lines if key in x]
-        if points:
-            plt.plot(*zip(*points), label=key, alpha=0.9)
-    plt.xlabel("step")
-    plt.ylabel("cross-entropy per answer token")
-    plt.yscale("log")
-    plt.grid(alpha=0.3)
-    plt.legend()
-    plt.savefig(path, dpi=120)
-    plt.close()
 
 
 def main(argv=None):
@@ -650,8 +552,17 @@ def main(argv=None):
         except OSError as e:
             raise InputError(f"--out_dir={s.out_dir} cannot be made: {e.strerror}") from e
 
-    # data and model
-    records, val = read_data(s, rank, world)
+    # data and model; the first process prepares the data, the others wait
+    if rank == 0:
+        find_data(s.data, s.val_data)
+    if world > 1:
+        dist.barrier()
+    paths, held_out = find_data(s.data, s.val_data)
+    records, val = read_data(paths, held_out)
+    names = ", ".join(map(os.path.relpath, paths))
+    print0(f"data: {len(records):,} records to learn from ({names}), {len(val):,} held out")
+    if any(record.get("audio") for record in val):
+        errors([("a", "a")])  # better to miss jiwer now than when the answers are scored
     model = start_model(s, config, given, records, ckpt).train()
     model.checkpoint_activations, model.feature_cache = s.checkpoint_activations, s.feature_cache
     freeze(model, s.phase, s.freeze)
@@ -669,12 +580,15 @@ def main(argv=None):
         torch.autocast, device.type, dtype if mixed else torch.bfloat16, enabled=mixed, cache_enabled=not sharded
     )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    if sharded and dtype == torch.float16:
+        raise InputError("--shard does not scale float16's gradients: take --dtype=bfloat16 or float32")
 
     # one process, several with the same weights (DDP), or several with a part of them each (FSDP2)
     objective = Loss(model, s)
     compiled = s.compile
-    if compiled is None:
-        compiled = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    if compiled is None:  # the recurrence in PyTorch's own operations compiles for minutes
+        fast = model.config.head_size in (16, 32, 64, 128) and device.type == "cuda" and has_kernel("cuda")
+        compiled = fast and importlib.util.find_spec("triton") is not None
     if compiled:
         for block in model.blocks:
             block.compile(dynamic=True)
@@ -705,9 +619,9 @@ def main(argv=None):
 
     def save_checkpoint(step):
         state = {
-            "model": get_model_state_dict(model, options=WHOLE),
+            "model": state_dicts.get_model_state_dict(model, options=WHOLE),
             "config": asdict(model.config),
-            "optimizer": get_optimizer_state_dict(model, optimizers, options=WHOLE),
+            "optimizer": state_dicts.get_optimizer_state_dict(model, optimizers, options=WHOLE),
             "scaler": scaler.state_dict(),
             "rng": torch.get_rng_state(),
             "step": step,
@@ -748,15 +662,7 @@ def main(argv=None):
                 raise micro_batches
 
             # counts over all micro-batches and processes, made on the CPU: the loss is a mean over them
-            counts = [
-                [
-                    len(batch.n_targets) if s.loss_reduction == "token" else batch.n_samples,
-                    int(batch.lengths.sum()),
-                    *parts_needed(batch),
-                ]
-                for batch in micro_batches
-            ]
-            counts = torch.tensor(counts).sum(0)
+            counts = torch.tensor([count(batch, s) for batch in micro_batches]).sum(0)
             if world > 1:
                 dist.all_reduce(counts)
             n, n_tokens, *needed = counts.tolist()
@@ -769,19 +675,17 @@ def main(argv=None):
                 with memory_advice(), objective.no_sync() if waits else contextlib.nullcontext():
                     with amp():
                         loss = objective(batch.to(device), n)
-                    scaler.scale(
-                        loss * world
-                    ).backward()  # DDP and FSDP average over ranks, the loss is a sum over them
+                    scaler.scale(loss * world).backward()  # DDP and FSDP average over ranks; the loss is a sum
                 loss_sum += loss.detach()
             if world > 1:
                 dist.all_reduce(loss_sum)
-                drop_unneeded_gradients(model, needed)
+            drop_unneeded_gradients(model, needed)
 
             # one optimizer step
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
-            norm = norm.full_tensor() if sharded else norm
+            norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of a sharded model
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, s) * group["lr_scale"]
@@ -809,6 +713,10 @@ def main(argv=None):
                 print0(f"step {done}: held-out loss {scores['val_loss']:.4f}{exact}")
             if saves:
                 save_checkpoint(done)
+    except RuntimeError as e:
+        if "DataLoader worker" not in str(e):
+            raise
+        raise InputError(f"a process that reads data ended ({str(e).splitlines()[0]}): try --num_workers=0") from e
     except KeyboardInterrupt:
         bar.close()
         again = f"go on with: python train.py --out_dir={s.out_dir} --resume"

@@ -1,1 +1,9 @@
-"""Everything between a file on disk and a tensor: text, records, media, checkpoints of others, scores, the papers' tables; a folder for each data set."""
+"""Everything between a file on disk and a tensor, and a folder for each data set.
+
+text       tokenizers, templates, prompt styles: turns to token ids and places of media, tokens to answers
+media      pictures, sounds and tables to tensors, as each encoder takes them; a cache of encoder outputs
+records    LLaVA's JSON, JSONL and texts to samples
+released   checkpoints of others, and python -m data.released IN OUT, which converts
+scores     exact match, error rates, long-term forecasting
+ablate     python -m data.ablate NAME: the papers' tables
+"""

@@ -1,4 +1,4 @@
-"""Media: pictures, sounds and tables from files to tensors, as each encoder takes them; the cache of features."""
+"""Media: pictures, sounds and tables from files to tensors, as each encoder takes them; a cache of encoder outputs."""
 
 import contextlib
 import csv
@@ -7,13 +7,15 @@ import io
 import math
 import os
 import re
+import warnings
+from numbers import Real
 
+import librosa
 import numpy as np
 import soundfile
-import soxr
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageOps
 from tqdm import tqdm
 
 from modrwkv import (
@@ -29,49 +31,76 @@ from modrwkv import (
     normalise,
 )
 
+PICTURE_FORMATS = "JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM"  # Pillow goes by content, and EPS is a program
+warnings.filterwarnings("ignore", "PySoundFile failed|.*audioread")  # librosa's, when it turns to ffmpeg
+UNKNOWN = "", "-", "na", "n/a", "#n/a", "nan", "null", "none"  # cells without a value, in lower case
+
+
+@contextlib.contextmanager
+def reading(path, what):
+    """A block that reads a file: what goes wrong becomes an InputError, which says that the file is not `what`."""
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as e:  # each library has its own kinds
+        if isinstance(e, OSError) and e.strerror:
+            raise InputError(f"cannot read {path}: {e.strerror}") from e
+        reason = (str(e).strip() or "it is damaged, cut short or of a kind that cannot be read").splitlines()[0]
+        raise InputError(f"{path} is not {what}: {reason}") from e
+
 
 def read_picture(path):
-    """A picture file (or PIL image) as PIL image in RGB; raises InputError naming the file."""
-    try:
-        with Image.open(path) if not isinstance(path, Image.Image) else contextlib.nullcontext(path) as image:
-            if image.mode in ("P", "LA", "RGBA", "PA"):  # what is transparent lies on white paper
+    """A picture file, or PIL image, as RGB image, upright and on white; raises InputError naming the file."""
+    with reading(path, f"a picture ({', '.join(PICTURE_FORMATS)})"):
+        is_open = isinstance(path, Image.Image)
+        with contextlib.nullcontext(path) if is_open else Image.open(path, formats=PICTURE_FORMATS) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I") and np.asarray(image).max() < 65536:  # 16 bits a pixel
+                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+            if image.mode.startswith(("I", "F")):
+                raise InputError(f"{path} has pixels of mode {image.mode}: save it with 8 or 16 bits a channel")
+            if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            if image.mode.startswith("I"):  # 16 bits a pixel
-                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
             return image.convert("RGB")
-    except FileNotFoundError as e:
-        raise InputError(f"no such picture: {path}") from e
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise InputError(f"{path} is not a picture that can be read: {e}") from e
 
 
 def read_sound(path, rate):
-    """The samples (n,) of a sound file, its channels averaged, at `rate` a second; raises InputError naming the file."""
-    try:
-        with soundfile.SoundFile(path) as f:
-            x, promised, notes, own_rate = f.read(dtype="float32", always_2d=True), f.frames, f.extra_info, f.samplerate
-    except FileNotFoundError as e:
-        raise InputError(f"no such sound: {path}") from e
-    except (soundfile.SoundFileError, OSError) as e:
-        if not os.path.exists(path):
-            raise InputError(f"no such sound: {path}") from e
-        raise InputError(f"{path} is not a sound that can be read: {str(e) or 'it is damaged or cut short'}") from e
-    data = re.search(
-        r"^ ?(?:data|SSND) : (\d+) \(should be (\d+)\)", notes, re.M
-    )  # of wav and aiff: what the header promises, what is there
-    short = data and int(data[2]) < int(data[1]) < 0xFFFFFF00  # more is promised by what was written as a stream
-    if len(x) < promised or short or "lacks an end-of-stream" in notes or "Junk after the last page" in notes:
-        raise InputError(f"{path} is cut short: it ends before its header says it does")
-    if not len(x):
-        raise InputError(f"{path} holds no sound")
-    if not np.isfinite(x).all():
-        raise InputError(f"{path} holds samples that are no numbers")
-    return torch.from_numpy(soxr.resample(x.mean(1), own_rate, rate))
+    """
+    (n,) float32: the samples of a sound file, channels averaged, at `rate` a second.
+
+    Any that libsndfile reads (wav, flac, ogg, mp3, aiff), and where ffmpeg is installed m4a and the like.
+    Raises InputError naming the file if it cannot be read, is empty or cut short.
+    """
+    with reading(path, "a sound"):
+        channels, own_rate = librosa.load(os.fspath(path), sr=None, mono=False)
+        channels = np.atleast_2d(channels)
+        if not channels.size:
+            raise InputError(f"{path} holds no sound")
+        x = channels.mean(0)
+        if np.abs(x).max() < 1e-3 * np.abs(channels).max():  # they cancel each other
+            x = channels[0]
+        with contextlib.suppress(soundfile.SoundFileError):  # it was read by ffmpeg
+            header = soundfile.info(path, verbose=True)
+            if len(x) < header.frames or lacks_data(header.extra_info):
+                raise InputError(f"{path} is cut short: it ends before its header says it does")
+        return torch.from_numpy(librosa.resample(x, orig_sr=own_rate, target_sr=rate))
+
+
+def lacks_data(log):
+    """Whether libsndfile's log says that a file is shorter than its header has it."""
+    if "lacks an end-of-stream" in log or "Junk after the last page" in log:  # ogg
+        return True
+    sizes = re.search(r"^ ?(?:data|SSND) : (\d+) \(should be (\d+)\)", log, re.M)  # of wav and aiff, in bytes
+    if not sizes:
+        return False
+    promised, found = map(int, sizes.groups())
+    return found + 44 < promised < 0x7FFFF000  # some count the header as data; more is promised by what was streamed
 
 
 def read_series(series):
-    """Numbers, or a .csv file's last column (or the one named behind a #: x.csv#load), as (n,) float64, NaN where unknown."""
+    """(n,) float64, NaN where unknown: numbers, a .csv file's last column, or the one named behind a #: x.csv#load."""
     if isinstance(series, str | os.PathLike):
         path, _, column = re.fullmatch(r"(.*?\.csv|.*?)(#(.*))?", str(series), re.I | re.S).groups("")
         return read_table(path, column)[1][:, 0]
@@ -85,154 +114,181 @@ def read_table(path, column=None):
     """
     (names, (rows, columns) float64, NaN where unknown) of a .csv file with a header.
 
-    column: the name of one, "" for the last one, None for all that begin with a number (the others are dates and words).
+    column: the name of one, "" for the last one, None for all that begin with a number: the others are dates and words.
     Raises InputError naming file, line and column.
     """
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as f:
-            text = f.read()
-        first = text.partition("\n")[0]
-        rows = [
-            (n, row)
-            for n, row in enumerate(csv.reader(text.splitlines(), delimiter=max(",;\t", key=first.count)), 1)
-            if row
-        ]
-    except OSError as e:
-        raise InputError(f"cannot read {path}: {e.strerror}") from e
-    except (UnicodeDecodeError, csv.Error) as e:
-        raise InputError(f"{path} is not a .csv file: {e}") from e
-
-    def number(text):
-        if text.strip().lower() in ("", "na", "nan", "null", "none", "-"):
-            return math.nan
-        try:
-            return float(text)
-        except ValueError:
-            return None
-
+    with reading(path, "a .csv file"), open(path, encoding="utf-8-sig", newline="") as f:
+        lines = f.read().splitlines()
+        delimiter = max(",;\t", key=lines[0].count) if lines else ","
+        rows = [(n, row) for n, row in enumerate(csv.reader(lines, delimiter=delimiter), 1) if row]
     if len(rows) < 2:
         raise InputError(f"{path} has no rows under its header")
-    (_, names), *rows = rows
-    if all(number(name) is not None for name in names):
+    names = rows.pop(0)[1]
+    if None not in map(parse_number, names):
         raise InputError(f"{path} has no header: its first line has to name its columns")
     for n, row in rows:
         if len(row) != len(names):
             raise InputError(f"{path}, line {n}, has {len(row)} values, not {len(names)} as its header has")
-    known = lambda i: next(
-        (x for x in (number(row[i]) for _, row in rows) if x is None or x == x), math.nan
-    )  # the first there is
+    columns = [list(map(parse_number, cells)) for cells in zip(*(row for _, row in rows))]
     if column is None:
-        columns = [i for i in range(len(names)) if (x := known(i)) is not None and x == x]
+        chosen = [i for i, values in enumerate(columns) if begins_with_a_number(values)]
     elif column and column not in names:
         raise InputError(f"{path} has no column {column}; its columns are {', '.join(names)}")
     else:
-        columns = [names.index(column) if column else len(names) - 1]
-    for i in columns:
-        if (x := known(i)) is not None and x != x:
+        chosen = [names.index(column) if column else len(names) - 1]
+    for i in chosen:
+        if None in columns[i]:
+            n, row = rows[columns[i].index(None)]
+            raise InputError(
+                f"{path}, line {n}: {row[i]!r} in column {names[i]} is not a number; "
+                f"another column is chosen by {path}#NAME"
+            )
+        if all(map(math.isnan, columns[i])):
             raise InputError(f"{path}: column {names[i] or i + 1} is empty; another is chosen by {path}#NAME")
-        for n, row in rows:
-            if number(row[i]) is None:
-                raise InputError(
-                    f"{path}, line {n}: {row[i]!r} in column {names[i]} is not a number; another column is chosen by {path}#NAME"
-                )
-    if not columns:
+    if not chosen:
         raise InputError(f"{path} has no column of numbers")
-    return [names[i] for i in columns], torch.tensor(
-        [[number(row[i]) for i in columns] for _, row in rows], dtype=torch.float64
-    )
+    return [names[i] for i in chosen], torch.tensor([columns[i] for i in chosen], dtype=torch.float64).T.contiguous()
+
+
+def parse_number(cell):
+    """A cell's number, NaN where it says that there is none, None for anything else."""
+    if cell.strip().lower() in UNKNOWN:
+        return math.nan
+    try:
+        return None if "_" in cell else float(cell)  # Python's own 1_000 is none of a spreadsheet's
+    except ValueError:
+        return None
+
+
+def begins_with_a_number(values):
+    """Of parse_number's values: whether the first that is there is one."""
+    return next((x is not None for x in values if x is None or not math.isnan(x)), False)
 
 
 def load_patches(encoder, path):
-    """A picture file (or PIL image) as uint8 (3, image_height, width), the width a multiple of patch_width.
+    """A picture as uint8 (3, image_height, width), the width a multiple of patch_width.
 
     The empty border is cut away if image_trim is set, the aspect ratio is kept, and pictures wider
-    than 16 times their height are made to fit; raises InputError naming the file.
+    than 16 times their height are made to fit.
     """
     image = read_picture(path)
     pixels = np.asarray(image)
     edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    paper = tuple(int(c) for c in np.median(edge, 0))
+    background = tuple(int(c) for c in np.median(edge, 0))
     if encoder.trim:
-        contrast = ImageChops.difference(image, Image.new("RGB", image.size, paper)).point(lambda c: c > 64 and 255)
-        image = image.crop(contrast.getbbox())  # all of it where nothing stands out
-    height, _, patch = encoder.size
+        contrast = ImageChops.difference(image, Image.new("RGB", image.size, background))
+        image = image.crop(contrast.point(lambda c: c > 64 and 255).getbbox())  # all of it where nothing stands out
+    height, _, patch_width = encoder.size
     scale = min(height / image.height, 16 * height / image.width)
-    inner = max(1, round(image.width * scale)), max(1, round(image.height * scale))
-    canvas = Image.new("RGB", (-(-inner[0] // patch) * patch, height), paper)
-    canvas.paste(image.resize(inner, Image.BILINEAR), (0, (height - inner[1]) // 2))
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    canvas = Image.new("RGB", (math.ceil(size[0] / patch_width) * patch_width, height), background)
+    canvas.paste(image.resize(size, Image.BILINEAR), (0, (height - size[1]) // 2))
     return torch.from_numpy(np.array(canvas)).permute(2, 0, 1)
 
 
-def load_mel(encoder, path):
-    """A sound file (wav, flac, ogg, mp3; any rate, any channels), or samples (n,) at 16 kHz, as log-mel frames (80, frames).
-
-    Raises InputError naming the file if it cannot be read, is empty or cut short.
-    """
-    return encoder.log_mel(
-        read_sound(path, encoder.RATE)
-        if isinstance(path, str | os.PathLike)
-        else torch.as_tensor(path, dtype=torch.float32)
-    )
-
-
-def load_series(encoder, path):
-    """A .csv file (its last column), or numbers, as normalised points: see `normalise`."""
-    return normalise(read_series(path))[0]
-
-
-def load_vision(encoder, path):
-    """A picture file as [uint8 (3, height, width)], for each encoder as its own processor scales and cuts it."""
-    image, found = read_picture(path), []
-    for p, (height, width) in zip(encoder.preparations, encoder.sizes):
-        x, size = image, p["size"]
-        if p.get("do_resize", True) and isinstance(size, dict) and "height" in size:
-            x = x.resize((size["width"], size["height"]), p["resample"])
-        elif p.get("do_resize", True):  # the shorter side
-            n, short = size["shortest_edge"] if isinstance(size, dict) else size, min(x.size)
-            x = x.resize([n if side == short else int(n * side / short) for side in x.size], p["resample"])
+def load_pretrained_picture(encoder, path):
+    """A picture as [uint8 (3, height, width)], for each of the encoders as its own processor scales and cuts it."""
+    image, pixels = read_picture(path), []
+    for preparation, (height, width) in zip(encoder.preparations, encoder.sizes):
+        x, size = image, preparation["size"]
+        if preparation.get("do_resize", True):
+            if isinstance(size, dict) and "height" in size:
+                new_size = size["width"], size["height"]
+            else:  # the shorter side
+                shortest, n = min(x.size), size["shortest_edge"] if isinstance(size, dict) else size
+                new_size = [n if side == shortest else int(n * side / shortest) for side in x.size]
+            x = x.resize(new_size, preparation["resample"])
         left, top = (x.width - width) // 2, (x.height - height) // 2
-        found.append(torch.from_numpy(np.array(x.crop((left, top, left + width, top + height)))).permute(2, 0, 1))
-    return found
+        x = np.array(x.crop((left, top, left + width, top + height)))
+        pixels.append(torch.from_numpy(x).permute(2, 0, 1))
+    return pixels
 
 
-def load_speech(encoder, path):
-    """A sound file of any rate, or samples (n,) at 16 kHz, as samples."""
-    x = (
-        read_sound(path, MelEncoder.RATE)
-        if isinstance(path, str | os.PathLike)
-        else torch.as_tensor(path, dtype=torch.float32)
-    )
-    if not encoder.whisper:
-        if encoder.preparations[0].get("do_normalize", True):
-            x = (x - x.mean()) / (x.var(correction=0) + 1e-7).sqrt()
-        x = F.pad(x, (0, max(0, 400 - len(x))))  # the first vector sees so many
-    return x
+def load_samples(sound):
+    """A sound file, or samples, as samples (n,) at 16 kHz."""
+    if isinstance(sound, str | os.PathLike):
+        return read_sound(sound, MelEncoder.RATE)
+    return torch.as_tensor(sound, dtype=torch.float32)
 
 
-def load_towers(encoder, path):
+def load_mel(encoder, sound):
+    """A sound file, or samples (n,) at 16 kHz, as log-mel frames (80, frames), 100 a second."""
+    return encoder.log_mel(load_samples(sound))
+
+
+def load_pretrained_sound(encoder, sound):
+    """A sound file, or samples (n,) at 16 kHz, as samples, which WavLM has with mean 0 and variance 1."""
+    x = load_samples(sound)
+    if encoder.whisper:
+        return x
+    if encoder.preparations[0].get("do_normalize", True):
+        x = (x - x.mean()) / (x.var(correction=0) + 1e-7).sqrt()
+    return F.pad(x, (0, max(0, 400 - len(x))))  # the receptive field of the first feature
+
+
+def load_series(encoder, series):
+    """A .csv file's column (see read_series), or numbers, as normalised points (2, n): see `normalise`."""
+    return normalise(read_series(series))[0]
+
+
+def load_nothing(encoder, path):
     raise InputError(
-        f"{path}: VisualRWKV 7.00 sees through SAM ViT-B, DINOv2-L and SigLIP-so400m at once, which are not here; without pictures it answers"
+        f"{path}: VisualRWKV 7.00 sees through SAM ViT-B, DINOv2-L and SigLIP-so400m at once, which are not here; "
+        "without pictures it answers"
     )
 
 
 LOADERS = {
     PatchEncoder: load_patches,
+    Vision: load_pretrained_picture,
+    AbsentTowers: load_nothing,
     MelEncoder: load_mel,
+    Speech: load_pretrained_sound,
     WaveNet: load_series,
     Timer: load_series,
-    Vision: load_vision,
-    Speech: load_speech,
-    AbsentTowers: load_towers,
 }
 
 
 def load_media(encoder, path):
-    """What an encoder takes, from a file; raises InputError naming the file."""
+    """What an encoder's forward takes of a file (or PIL image, samples, numbers); raises InputError naming the file."""
     return LOADERS[type(encoder)](encoder, path)
 
 
+TAKES = {
+    "image": "a picture is a path, a PIL image, or uint8 from 0 to 255 of shape (H, W), (H, W, 3) or (H, W, 4)",
+    "audio": "a sound is a path, or finite floats of shape (n,) at 16 kHz, from -1 to 1",
+    "series": "a series is a path, or numbers of shape (n,)",
+}
+
+
+def media_list(kind, given):
+    """A picture, sound or series, a list of several, or None, as the list that load_media takes; raises InputError."""
+    several = isinstance(given, list | tuple) and not all(isinstance(x, Real | None) for x in given)
+    items = given if several else [given]  # a list of numbers is one
+    return [] if given is None else [check_media(kind, x) for x in items]
+
+
+def check_media(kind, x):
+    """A path, PIL image or array (n,), of a path, PIL image, array, tensor or list of numbers; raises InputError."""
+    if isinstance(x, str | os.PathLike) or kind == "image" and isinstance(x, Image.Image):
+        return x
+    try:
+        array = np.asarray(x, np.float64 if kind == "series" else None)  # of a series None becomes NaN
+    except (TypeError, ValueError, RuntimeError) as e:  # lists of unequal lengths, a tensor on a GPU
+        raise InputError(f"{TAKES[kind]}, not {type(x).__name__}") from e
+    fits = array.ndim == 1
+    if kind == "image":
+        fits = array.dtype == np.uint8 and array.ndim in (2, 3) and array.shape[2:] in ((), (3,), (4,))
+    elif kind == "audio":
+        fits = fits and array.dtype.kind == "f" and np.isfinite(array).all()
+    if not fits or not array.size:
+        found = f"{array.dtype} of shape {array.shape}" if array.ndim else type(x).__name__
+        raise InputError(f"{TAKES[kind]}, not {found}")
+    return Image.fromarray(array) if kind == "image" else array
+
+
 def fingerprint(encoder):
-    """What is the same for the same weights, config and preparation alone, wherever they lie; copies without weights keep it."""
+    """A key, equal for equal weights, config and preparation, wherever they lie; copies without weights keep it."""
     if not hasattr(encoder, "fingerprint"):
         values = [
             p.flatten()[:: max(1, p.numel() // 64)].float().cpu().numpy().tobytes()
@@ -246,7 +302,7 @@ def fingerprint(encoder):
 
 
 def feature_file(encoder, path, folder):
-    """Where the features of a file are kept: another place when weights, config, preparation, or the file have changed."""
+    """Where the features of a file are kept: elsewhere when weights, config, preparation, or the file have changed."""
     stat = os.stat(path)
     key = f"{fingerprint(encoder)} {os.path.abspath(path)} {stat.st_size} {stat.st_mtime_ns}"
     key = hashlib.sha256(key.encode()).hexdigest()
@@ -281,7 +337,7 @@ def write_features(file, features):
 
 @torch.no_grad()
 def cache_features(encoder, paths, folder, batch_size=16):
-    """Encodes the files that --feature_cache does not have yet; what is no file is left for its record to complain of."""
+    """Encodes the files that --feature_cache does not have yet; of what is no file its record will complain."""
     fingerprint(encoder)  # now, for copies of the encoder without weights
     paths = [path for path in dict.fromkeys(paths) if os.path.exists(path)]
     new = [path for path in paths if not os.path.exists(feature_file(encoder, path, folder))]

@@ -1,4 +1,9 @@
-"""Records: LLaVA's JSON, JSONL and texts from files, checked, and the samples that they become."""
+"""Records: LLaVA's JSON, JSONL and texts from files, checked, and the samples that they become.
+
+A record is {"image": path, "conversations": [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": ...}]},
+{"text": ...}, or {"target": numbers}, to be forecast, with the "series" that comes before it, if any. "image", "audio"
+and "series" are a path or a list of them, relative to the record's file; a series may be numbers, null where unknown.
+"""
 
 import contextlib
 import functools
@@ -6,108 +11,101 @@ import itertools
 import json
 import math
 import os
+import shlex
+import subprocess
+import sys
 
 import soundfile
 import torch
 from PIL import Image
 
-from data.media import cache_features, load_media, read_features, read_series
-from data.text import MARK, conversation, get_tokenizer
+from data.media import PICTURE_FORMATS, cache_features, load_media, read_features, read_series, reading
+from data.text import PLACEHOLDER, conversation, get_tokenizer
 from modrwkv import ENCODERS, MEDIA, InputError, Pretrained
 
 
 def read_records(path):
-    """The records of a .jsonl (one a line) or a .json file (a list, as LLaVA's), each with its "_at" (file, line) and "_folder"."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            if str(path).endswith(".json"):
-                records = json.load(f)
-                if not isinstance(records, list):
-                    raise InputError(f"{path} does not hold a list of records")
-                places = [f"{path}, record {i}" for i in range(1, len(records) + 1)]
-            else:
-                records, places = [], []
-                number = functools.lru_cache(1 << 16)(
-                    float
-                )  # of a series' points most are equal to another: one object for all of these
-                for n, line in enumerate(f, 1):
-                    if line.strip():
-                        places.append(f"{path}, line {n}")
-                        records.append(json.loads(line, parse_float=number))
-    except OSError as e:
-        raise InputError(f"cannot read {path}: {e.strerror}") from e
-    except json.JSONDecodeError as e:
-        raise InputError(f"{places[-1] if str(path).endswith('l') and places else path} is not JSON: {e}") from e
-    except UnicodeDecodeError as e:
-        raise InputError(f"{path} is not a text file in UTF-8: {e}") from e
+    """The records of a .txt file, a list, or a file of one a line, each with its "_at" (file, line) and "_folder"."""
+    records = {}  # by where they are
+    parse_float = functools.lru_cache(1 << 16)(float)  # most points of a series equal another: one object for both
+    with reading(path, "a text file in UTF-8"), open(path, encoding="utf-8-sig") as f:
+        if str(path).endswith(".txt"):
+            records[path] = {"text": f.read()}
+        elif f.read(100).lstrip().startswith("["):
+            f.seek(0)
+            with reading(path, "JSON"):
+                for n, record in enumerate(json.load(f, parse_float=parse_float), 1):
+                    records[f"{path}, record {n}"] = record
+        else:
+            f.seek(0)
+            for n, line in enumerate(f, 1):
+                at = f"{path}, line {n}"
+                if line.strip():
+                    with reading(f"{at},", "JSON"):
+                        records[at] = json.loads(line, parse_float=parse_float)
     if not records:
         raise InputError(f"{path} holds no records")
-    for place, record in zip(places, records):
+    for at, record in records.items():
         if not isinstance(record, dict):
-            raise InputError(f"{place}: a record is an object in braces, not {json.dumps(record)[:40]}")
-        record["_at"], record["_folder"] = place, os.path.dirname(path)
-        check_record(record)
-    return records
+            raise InputError(f"{at}: a record is an object in braces, not {json.dumps(record)[:40]}")
+        record["_at"], record["_folder"] = str(at), os.path.dirname(path)
+        check_record(record, record["_at"])
+    return list(records.values())
 
 
-def is_numbers(x):
-    return isinstance(x, list) and len(x) > 0 and all(isinstance(y, int | float) or y is None for y in x)
-
-
-def record_files(record, kind):
-    """What a record has of a kind, as a list of paths; a series may be a list of numbers instead, null where unknown."""
-    files = record.get(kind) or []
-    return [files] if isinstance(files, str) or kind == "series" and is_numbers(files) else files
-
-
-def record_media(record):
-    """[(kind, path or numbers)] of a record, in the order of its marks; paths are relative to the record's file."""
-    files = {kind: list(record_files(record, kind)) for kind in MEDIA}
-    marks = [mark[1:-1] for mark in MARK.findall("".join(question for question, _ in record_turns(record)))]
-    found = [(kind, files[kind].pop(0)) for kind in marks]
-    return [(kind, file if is_numbers(file) else os.path.join(record["_folder"], file)) for kind, file in found]
-
-
-def check_record(record):
-    """Raises InputError, naming the record, unless it is {"text": ...}, {"target": [...]} (behind its "series", if any) or a conversation."""
-    turns, at = record.get("conversations"), record["_at"]
+def check_record(record, at):
+    """Raises InputError, which begins with `at`, unless it is a record as above."""
+    turns = record.get("conversations")
     if not isinstance(record.get("level", 0), int):
         raise InputError(f'{at}: "level" is not a whole number')
-    if isinstance(record.get("text"), str) and turns is None:
+    if turns is None and isinstance(record.get("text"), str):
         if not record["text"]:
             raise InputError(f'{at}: "text" is empty')
-        return
-    if "target" in record and turns is None:
-        if not is_numbers(record["target"]) or sum(x is not None and math.isfinite(x) for x in record["target"]) < 2:
+        if any(record.get(kind) for kind in MEDIA):
+            raise InputError(f'{at}: a "text" has no media: ask about them in "conversations"')
+    elif turns is None and "target" in record:
+        target, context = record["target"], record_files(record, "series")
+        if not is_numbers(target) or sum(x is not None and math.isfinite(x) for x in target) < 2:
             raise InputError(f'{at}: "target" is not a list of two numbers or more')
-        past = record_files(record, "series")
-        if not isinstance(past, list) or len(past) > 1 or not all(isinstance(x, str) or is_numbers(x) for x in past):
+        if not are_files(context, "series") or len(context) > 1:
             raise InputError(f'{at}: "series" is neither a path nor a list of numbers')
-        return
+    else:
+        check_turns(turns, at)
+        asked = "".join(question for question, _ in record_turns(record))
+        for kind in MEDIA:
+            files, n = record_files(record, kind), asked.count(f"<{kind}>")
+            if not are_files(files, kind):
+                more = ", nor numbers" if kind == "series" else ""
+                raise InputError(f'{at}: "{kind}" is neither a path nor a list of paths{more}')
+            if n != len(files):
+                raise InputError(f"{at}: {n} <{kind}> in the questions, but {len(files)} {kind} file(s)")
+
+
+def check_turns(turns, at):
     if not isinstance(turns, list) or not turns:
         raise InputError(f'{at}: no "conversations"')
-    marks = {kind: 0 for kind in MEDIA}
     for i, turn in enumerate(turns):
         expected = ("human", "gpt")[i % 2]
         if not isinstance(turn, dict) or turn.get("from") != expected or not isinstance(turn.get("value"), str):
             raise InputError(f'{at}: turn {i + 1} is not {{"from": "{expected}", "value": "..."}}')
         if expected == "gpt" and not turn["value"].strip():
             raise InputError(f"{at}: the answer in turn {i + 1} is empty")
-        for kind in MEDIA:
-            marks[kind] += turn["value"].count(f"<{kind}>") if expected == "human" else 0
     if len(turns) % 2:
         raise InputError(f"{at}: the last question has no answer")
-    for kind in MEDIA:
-        files = record_files(record, kind)
-        if not isinstance(files, list) or not all(
-            isinstance(file, str) or kind == "series" and is_numbers(file) for file in files
-        ):
-            raise InputError(
-                f'{at}: "{kind}" is neither a path nor a list of paths' + (", nor numbers" if kind == "series" else "")
-            )
-        n = len(files)
-        if marks[kind] != n:
-            raise InputError(f"{at}: {marks[kind]} <{kind}> in the questions, but {n} {kind} file(s)")
+
+
+def is_numbers(x):
+    return isinstance(x, list) and len(x) > 0 and all(isinstance(y, int | float) or y is None for y in x)
+
+
+def are_files(files, kind):
+    return isinstance(files, list) and all(isinstance(x, str) or kind == "series" and is_numbers(x) for x in files)
+
+
+def record_files(record, kind):
+    """What a record has of a kind, as a list of paths, or of lists of numbers."""
+    files = record.get(kind) or []
+    return [files] if isinstance(files, str) or kind == "series" and is_numbers(files) else files
 
 
 def record_turns(record):
@@ -116,21 +114,32 @@ def record_turns(record):
     return list(zip(turns[::2], turns[1::2]))
 
 
+def in_folder(record, file):
+    """A file of a record as a path from here; numbers as they are."""
+    return file if is_numbers(file) else os.path.join(record.get("_folder", ""), file)
+
+
+def record_media(record):
+    """[(kind, path or numbers)] of a record, in the order of its placeholders."""
+    files = {kind: list(record_files(record, kind)) for kind in MEDIA}
+    kinds = [mark[1:-1] for question, _ in record_turns(record) for mark in PLACEHOLDER.findall(question)]
+    return [(kind, in_folder(record, files[kind].pop(0))) for kind in kinds]
+
+
 def segments(model, turns, media, first=True, at=""):
-    """The segments of turns [(question, answer or None)] about media [(kind, path)]; `at` is where errors say they are."""
+    """The segments of turns [(question, answer or None)] about media [(kind, path)]; errors begin with `at`."""
     try:
         for kind, path in media:
             if kind not in model.encoder:
-                name = path if isinstance(path, str | os.PathLike) else "a list of numbers"
-                raise InputError(
-                    f"{name}: this model has no {kind} encoder; train one with --{kind}_encoder={next(iter(ENCODERS[kind]))}"
-                )
-        return conversation(model.config, turns, ((kind, signal(model, kind, path)) for kind, path in media), first)
+                name = path if isinstance(path, str | os.PathLike) else kind
+                flag = f"--{kind}_encoder={next(iter(ENCODERS[kind]))}"
+                raise InputError(f"{name}: this model has no {kind} encoder; train one with {flag}")
+        return conversation(model.config, turns, ((kind, read_media(model, kind, path)) for kind, path in media), first)
     except InputError as e:
         raise InputError(f"{at}: {e}" if at else str(e)) from e
 
 
-def signal(model, kind, path):
+def read_media(model, kind, path):
     """What the model's encoder takes of a file, or its Features from --feature_cache."""
     encoder = model.encoder[kind]
     features = read_features(encoder, path, model.feature_cache) if is_cached(model, kind, path) else None
@@ -152,32 +161,32 @@ def cache_media(model, records):
 
 
 def record_sample(model, record):
-    """The segments of a record of read_records, to learn from; raises InputError naming the record."""
-    if "target" in record and not record.get("conversations"):
-        past = [
-            file if is_numbers(file) else os.path.join(record["_folder"], file)
-            for file in record_files(record, "series")
-        ]
-        return [("forecast", torch.cat([read_series(x) for x in (*past, record["target"])]))]
-    if not record.get("conversations"):
-        tokenizer = get_tokenizer(model.config.tokenizer)
-        return [("answer", tokenizer.encode(record["text"]) + [tokenizer.end])]
-    return segments(model, record_turns(record), record_media(record), at=record["_at"])
+    """The segments of a record, to learn from; raises InputError naming the record."""
+    if record.get("conversations"):
+        return segments(model, record_turns(record), record_media(record), at=record.get("_at", ""))
+    if "target" in record:
+        series = [in_folder(record, file) for file in record_files(record, "series")] + [record["target"]]
+        return [("forecast", torch.cat([read_series(x) for x in series]))]
+    tokenizer = get_tokenizer(model.config.tokenizer)
+    return [("answer", tokenizer.encode(record["text"]) + [tokenizer.end])]
 
 
 def question(model, prompt, media=(), first=True):
-    """The segments that ask `prompt` about media [(kind, path)]; those without a mark such as <image> go before it."""
+    """The segments that ask `prompt` about media [(kind, path)]; those without a placeholder <image> go before it."""
     files = {kind: [file for file in media if file[0] == kind] for kind in MEDIA}
+    if sum(map(len, files.values())) < len(media):
+        raise InputError("media are pairs (kind, path), of kind image, audio or series")
     for kind in MEDIA:
         missing = len(files[kind]) - prompt.count(f"<{kind}>")
         if missing < 0:
             raise InputError(f"the prompt has {-missing} <{kind}> more than there are {kind} files")
         prompt = f"<{kind}>\n" * missing + prompt
-    return segments(model, [(prompt, None)], [files[mark[1:-1]].pop(0) for mark in MARK.findall(prompt)], first)
+    media = [files[mark[1:-1]].pop(0) for mark in PLACEHOLDER.findall(prompt)]
+    return segments(model, [(prompt, None)], media, first)
 
 
 def rough_length(model, record, ctx_len):
-    """About how long a record is as a sequence: characters, and what the headers alone say of its pictures and sounds."""
+    """About how long a record is as a sequence: characters, and what headers say of its pictures and sounds."""
     n = min(len(record.get("text") or ""), ctx_len)
     n += sum(len(question) + len(answer) + 4 for question, answer in record_turns(record))
     for kind, path in record_media(record):
@@ -185,7 +194,7 @@ def rough_length(model, record, ctx_len):
             if kind == "image" and not isinstance(
                 model.encoder[kind], Pretrained
             ):  # of these all pictures have one length
-                with Image.open(path) as image:
+                with Image.open(path, formats=PICTURE_FORMATS) as image:
                     n += 5 * image.width / image.height
             elif kind == "audio":
                 n += 25 * soundfile.info(path).duration
@@ -204,3 +213,77 @@ def held_out_samples(model, records, ctx_len):
             [(_, ids)] = sample
             for i in range(0, len(ids) - 1, ctx_len):
                 yield [("answer", ids[i : i + ctx_len + 1])]
+
+
+def sample_command(record):
+    """The flags of sample.py that ask what a record asks first."""
+    if not record.get("conversations"):
+        return "--series=NUMBERS.csv" if "target" in record else "--raw --temperature=0.8"
+    question, _ = record_turns(record)[0]
+    media = list(record_media(record))[: len(PLACEHOLDER.findall(question))]
+    words = []
+    for kind in MEDIA:
+        paths = [os.path.relpath(path) if isinstance(path, str) else "NUMBERS.csv" for k, path in media if k == kind]
+        words += [f"--{kind}={shlex.quote(','.join(paths))}"] if paths else []
+    prompt = PLACEHOLDER.sub("", question).strip() if len(media) == 1 and PLACEHOLDER.match(question) else question
+    return " ".join(words + ([f"--prompt={shlex.quote(prompt)}"] if prompt else []))
+
+
+# --------------------------------------------------------------------------------------------------- data sets
+
+HERE = os.path.dirname(os.path.realpath(__file__))
+DATA_SETS = sorted(name for name in os.listdir(HERE) if os.path.exists(os.path.join(HERE, name, "prepare.py")))
+
+
+def data_set(name):
+    """The data set of data/ that is meant by its name or by any path of its folder, else ""."""
+    folder, base = os.path.split(os.path.realpath(name))
+    known = name if name in DATA_SETS else base if folder == HERE else ""
+    return known if known in DATA_SETS else ""
+
+
+def find_data(names, val=""):
+    """Paths of training and of held-out files; a data set of data/ that is not there yet is prepared."""
+    paths, held_out = [], [val] if val else []
+    for name in names.split(","):
+        known = data_set(name)
+        folder = os.path.join(HERE, known) if known else name
+        files = [os.path.join(folder, f"{part}.jsonl") for part in ("train", "val")]
+        if known and not all(map(os.path.exists, files)):
+            prepare(known)
+        if all(map(os.path.exists, files)):
+            paths.append(files[0])
+            held_out += [] if val else files[1:]
+        elif os.path.splitext(name)[1] in (".json", ".jsonl", ".txt"):
+            paths.append(name)
+        else:
+            raise InputError(
+                f"--data={name} is no .json, .jsonl or .txt file, no folder with train.jsonl and val.jsonl, "
+                f"and none of {', '.join(DATA_SETS)}"
+            )
+    return paths, held_out
+
+
+def prepare(name):
+    """Runs data/<name>/prepare.py."""
+    print(f"preparing data/{name} ...", flush=True)
+    code = subprocess.run([sys.executable, os.path.join(HERE, name, "prepare.py")]).returncode
+    if code == 2:  # argparse's: it takes a path
+        raise InputError(
+            f"data/{name} is made from files of your own: python data/{name}/prepare.py --help says from which"
+        )
+    if code:
+        raise InputError(f"data/{name}/prepare.py did not finish: see its message above")
+
+
+def read_data(paths, held_out):
+    """Records to learn from and held-out ones, of several files in turns; without files the 20th part of the others."""
+    records = [record for path in paths for record in read_records(path)]
+    val = [x for of_each in itertools.zip_longest(*map(read_records, held_out)) for x in of_each if x]
+    if not val and len(records) == 1 and "text" in records[0]:
+        [whole], n = records, max(1, len(records[0]["text"]) // 20)
+        records, val = [whole | {"text": whole["text"][:-n]}], [whole | {"text": whole["text"][-n:]}]
+    elif not val:
+        val = records[::20]
+        records = [record for i, record in enumerate(records) if i % 20] or records
+    return records, val

@@ -1,94 +1,89 @@
-"""Text: tokenizers, templates of turns, prompt styles; from turns to token ids and places of media, and back to text."""
+"""Text: tokenizers, templates and prompt styles; turns to token ids and places of media, tokens to answers."""
 
 import ast
 import codecs
 import functools
 import itertools
+import os
 import re
 from dataclasses import dataclass
 
 import tiktoken
 import torch
 
+from data.media import reading
 from modrwkv import MEDIA, InputError
-
-# Tokenizers: all have id 0 or `end` for the end of a document, encode(str) -> ids, decode(ids) -> bytes.
 
 
 class TiktokenTokenizer:
-    """A tokenizer of the tiktoken library: GPT-2's, or single bytes, byte b as id b + 1 as in RWKV World.
+    """GPT-2's tokens, or single bytes: byte b as id b + 1, as in RWKV World, and each mark of the default template.
 
-    Among the bytes, the marks of the default template are tokens of their own: a question's frame costs 3 steps, not 20.
+    `end` is the id that ends a document.
     """
 
     def __init__(self, name):
         if name == "bytes":
             ranks = {bytes([b]): b + 1 for b in range(256)}
-            marks = {mark: 257 + i for i, mark in enumerate(("\n\n", "User:", "Assistant:"))}
+            marks = {"\n\n": 257, "User:": 258, "Assistant:": 259}
             self.bpe = tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens=marks)
             self.end, self.vocab_size, self.marks = 0, 260, "all"
-        else:
-            try:
-                self.bpe = tiktoken.get_encoding(name)
-            except Exception as e:  # requests' own exceptions: tiktoken fetches the vocabulary once, then caches it
-                raise InputError(
-                    f"the tokenizer {name} could not be fetched ({type(e).__name__}): connect once, or set "
-                    "TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer=bytes"
-                ) from e
-            self.end, self.vocab_size, self.marks = self.bpe.eot_token, self.bpe.n_vocab, set()
+            return
+        try:
+            self.bpe = tiktoken.get_encoding(name)
+        except Exception as e:  # requests' own exceptions: tiktoken fetches the vocabulary once, then caches it
+            raise InputError(
+                f"the tokenizer {name} could not be fetched ({type(e).__name__}): connect once, or set "
+                "TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer=bytes"
+            ) from e
+        self.end, self.vocab_size, self.marks = self.bpe.eot_token, self.bpe.n_vocab, set()
 
     def encode(self, text):
+        """str -> ids"""
         return self.bpe.encode(text, allowed_special=self.marks, disallowed_special=())
 
     def decode(self, ids):
+        """ids -> bytes, none of the end's"""
         return self.bpe.decode_bytes([i for i in ids if i != self.end])
 
 
 class WorldTokenizer:
-    """RWKV World: the longest vocabulary entry that matches the UTF-8 bytes, again and again ([4], rwkv_tokenizer.py).
+    """RWKV World: the longest vocabulary entry that matches the UTF-8 bytes, again and again, as RWKV-LM's.
 
-    path: rwkv_vocab_v20230424.txt or one like it; each line `id literal length`. Id 0 ends a document.
+    path: rwkv_vocab_v20230424.txt or one like it; each line `id literal length`.
     """
 
     def __init__(self, path):
         self.end, self.vocab_size, self.bytes_of, self.trie = 0, 65536, {}, {}
-        n = 1
-        try:
-            with open(path, encoding="utf-8") as f:
-                for n, line in enumerate(f, 1):
-                    index, literal, length = (
-                        line[: line.index(" ")],
-                        line[line.index(" ") : line.rindex(" ")],
-                        line.split()[-1],
-                    )
-                    token = ast.literal_eval(literal.strip())
-                    token = token.encode("utf-8") if isinstance(token, str) else token
-                    if len(token) != int(length):
-                        raise ValueError(f"{len(token)} bytes, not {length}")
-                    self.bytes_of[int(index)] = token
-                    node = self.trie
-                    for byte in token:
-                        node = node.setdefault(byte, {})
-                    node[-1] = int(index)
-        except OSError as e:
-            raise InputError(
-                f"cannot read the tokenizer's vocabulary {path}: {e.strerror}; --tokenizer is bytes, gpt2 or such a file"
-            ) from e
-        except (ValueError, SyntaxError, TypeError, IndexError) as e:
-            raise InputError(f"{path}, line {n}, is not a line of an RWKV World vocabulary: {e}") from e
+        with reading(path, "an RWKV World vocabulary"), open(path, encoding="utf-8") as f:
+            for n, line in enumerate(f, 1):
+                with reading(f"{path}, line {n},", "a line of an RWKV World vocabulary"):
+                    self.add(line)
+
+    def add(self, line):
+        index, rest = line.split(" ", 1)
+        literal, length = rest.rsplit(" ", 1)
+        token = ast.literal_eval(literal)
+        token = token.encode("utf-8") if isinstance(token, str) else token
+        if len(token) != int(length):
+            raise ValueError(f"{len(token)} bytes, not {int(length)}")
+        self.bytes_of[int(index)] = token
+        node = self.trie
+        for byte in token:
+            node = node.setdefault(byte, {})
+        node[-1] = int(index)
 
     def encode(self, text):
         data, ids, i = text.encode("utf-8"), [], 0
         while i < len(data):
-            node, j, found = self.trie, i, None
+            node, j, longest = self.trie, i, None
             while j < len(data) and (node := node.get(data[j])) is not None:
                 j += 1
                 if -1 in node:
-                    found = (node[-1], j)
-            if found is None:
+                    longest = node[-1], j
+            if longest is None:
                 raise InputError(f"the tokenizer's vocabulary has no entry for byte {data[i]}")
-            ids.append(found[0])
-            i = found[1]
+            index, i = longest
+            ids.append(index)
         return ids
 
     def decode(self, ids):
@@ -97,7 +92,12 @@ class WorldTokenizer:
 
 @functools.lru_cache
 def get_tokenizer(name):
-    return TiktokenTokenizer(name) if name in ("bytes", "gpt2") else WorldTokenizer(name)
+    """The tokenizer of a Config: bytes, gpt2, or the path of an RWKV World vocabulary; raises InputError."""
+    if name in ("bytes", "gpt2"):
+        return TiktokenTokenizer(name)
+    if not os.path.isfile(name):
+        raise InputError(f"there is no tokenizer {name}: it is bytes, gpt2, or the path of rwkv_vocab_v20230424.txt")
+    return WorldTokenizer(name)
 
 
 @dataclass
@@ -110,58 +110,64 @@ class Template:
 
 
 TEMPLATES = {
-    "world": Template("", "User: {}\n\n", "Assistant:", " ", "\n\n"),  # RWKV World models; VisualRWKV ([3], v6.0)
+    "world": Template("", "User: {}\n\n", "Assistant:", " ", "\n\n"),  # RWKV World models; VisualRWKV 6.0
     "v1": Template("\x16", "User: {}\x17", "Assistant:", " ", "\x17"),  # ModRWKV, first released checkpoints
     "v2": Template("", "\x16User: {}\x17", "\x16Assistant:", " ", "\x17"),  # ModRWKV, the paper's code
     "v3": Template("", "\x16User:{}\x17", "\x16Assistant:", "", "\x17"),  # ModRWKV, August 2025 on
 }
-MARK = re.compile("(" + "|".join(f"<{kind}>" for kind in MEDIA) + ")")  # where a signal stands in a question
-
-
-SHORT_ANSWER = "Answer the question using a single word or phrase."
-PROMPT_STYLES = {  # where a question has its pictures' `marks`; ahead: all questions of the conversation
-    "written": "{question}",  # where its marks are
-    "first": "{marks}\n{text}",
-    "last": "{text}\n{marks}",
-    "sandwich": "{ahead}\n{marks}\n{text}",  # the state is ready for the picture, and the question is fresh
-    "before": "{marks}{text}",  # ahead of the turn, as the first ModRWKV models have them
-    "tagged": "{marks}{text}",  # each between two tokens of their own, as ModRWKV has them from August 2025 on
+PROMPT_STYLES = {  # where a question has its `placeholders`; context: all questions of the conversation
+    "written": "{question}",  # where they are written
+    "first": "{placeholders}\n{text}",
+    "last": "{text}\n{placeholders}",
+    "sandwich": "{context}\n{placeholders}\n{text}",  # the state is ready for the picture, and the question is fresh
+    "before": "{placeholders}{text}",  # ahead of the turn, as the first ModRWKV models have them
+    "tagged": "{placeholders}{text}",  # each between two tokens of their own, as ModRWKV from August 2025 on
 }
 IMAGE_TAGS = 65530, 65531  # <|vision_start|> and <|vision_end|>, beyond the vocabulary of RWKV World
+SHORT_ANSWER = "Answer the question using a single word or phrase."
+PLACEHOLDER = re.compile("(" + "|".join(f"<{kind}>" for kind in MEDIA) + ")")  # where media stand in a question
 
 
 def arrange(question, questions, style):
-    """A question with its pictures where the style wants them ([3], section 3.2)."""
-    marks, text = MARK.findall(question), MARK.sub("", question).strip()
-    if not marks:
+    """A question with its media where the style wants them (VisualRWKV, arXiv:2406.13362, section 3.2)."""
+    placeholders = PLACEHOLDER.findall(question)
+    if not placeholders:
         return question
-    ahead = "\n".join(MARK.sub("", q.replace(SHORT_ANSWER, "") if q == question else q).strip() for q in questions)
-    marks = ("" if style in ("before", "tagged") else "\n").join(marks)
-    return PROMPT_STYLES[style].format(question=question, marks=marks, text=text, ahead=ahead)
+    others = [q.replace(SHORT_ANSWER, "") if q == question else q for q in questions]
+    return PROMPT_STYLES[style].format(
+        question=question,
+        placeholders=("" if style in ("before", "tagged") else "\n").join(placeholders),
+        text=PLACEHOLDER.sub("", question).strip(),
+        context="\n".join(PLACEHOLDER.sub("", q).strip() for q in others),
+    )
+
+
+def clean(text):
+    """A message without what ends one in any template: empty lines and control characters."""
+    return re.sub(r"\n\s*\n", "\n", re.sub("[\x16\x17]", "", text).strip())
 
 
 def conversation(config, turns, media, first=True):
     """Segments of a conversation.
 
     Args: turns [(question, answer)], an answer of None is left for the model to give; media: an iterator
-    of segments such as ("image", pixels), used up in the order of the marks <image>; first: False where
+    of segments such as ("image", pixels), used up in the order of the placeholders <image>; first: False where
     the turns continue a conversation whose state is kept.
     """
     encode, template = get_tokenizer(config.tokenizer).encode, TEMPLATES[config.template]
-    clean = lambda text: re.sub(r"\n\s*\n", "\n", re.sub("[\x16\x17]", "", text).strip())
     segments, text = [], template.before if first else ""
-    tags = [[("text", [i])] for i in IMAGE_TAGS] if config.prompt_style == "tagged" else ([], [])
     for question, answer in turns:
         question = clean(arrange(question, [q for q, _ in turns], config.prompt_style))
-        if question == "<audio>":  # nothing asked: to be written down ([1]'s code: sound, and no human turn)
+        if question == "<audio>":  # nothing asked: a transcription task (ModRWKV's code: sound, and no human turn)
             text = question + text
         else:
-            ahead = "".join(MARK.findall(question)) if config.prompt_style == "before" else ""
+            ahead = "".join(PLACEHOLDER.findall(question)) if config.prompt_style == "before" else ""
             text = ahead + text + template.human.format(question.removeprefix(ahead))
-        for piece in MARK.split(text + template.gpt):
-            if MARK.match(piece):
-                before, after = tags if piece == "<image>" else ([], [])
-                segments += before + [next(media)] + after
+        for piece in PLACEHOLDER.split(text + template.gpt):
+            if piece == "<image>" and config.prompt_style == "tagged":
+                segments += [("text", [IMAGE_TAGS[0]]), next(media), ("text", [IMAGE_TAGS[1]])]
+            elif PLACEHOLDER.match(piece):
+                segments.append(next(media))
             elif piece:
                 segments.append(("text", encode(piece)))
         if answer is not None:  # the end is encoded by itself: "。\n" and the like are tokens of RWKV World
@@ -171,7 +177,7 @@ def conversation(config, turns, media, first=True):
 
 
 class Answer:
-    """The text of an answer, token by token: no character is split, and what may be the start of its `end` is held back."""
+    """The text of an answer, token by token: no character is split, and what may be the start of `end` is held back."""
 
     def __init__(self, tokenizer, end):
         self.tokenizer, self.end = tokenizer, end
@@ -190,22 +196,23 @@ class Answer:
 
 
 @torch.inference_mode()
-def generate_text(model, samples, state=None, max_new_tokens=256, end="", **how):
-    """ModRWKV.generate as text, each answer until `end` (by default the template's; None: no text ends it) or the tokenizer's end token.
+def generate_text(model, samples, state=None, max_new_tokens=256, end="", **gen_kwargs):
+    """ModRWKV.generate as text, each answer until `end` (by default the template's; None: no text ends it).
 
-    Yields: at each step the list of new pieces of text, "" for samples at rest; a piece never splits a character.
-    Returns (as StopIteration.value): for a batch of one, the state after the answer and its end, from which a chat goes on.
+    Yields: at each step the list of new pieces of text, "" for samples at rest.
+    Returns (as StopIteration.value): for a batch of one, the state after the answer and its end, to go on from.
     """
     tokenizer = get_tokenizer(model.config.tokenizer)
     end = TEMPLATES[model.config.template].end if end == "" else end or ""
     answers = [Answer(tokenizer, end) for _ in samples]
-    steps = model.generate(samples, state, max_new_tokens, end=(tokenizer.end,), **how)
+    steps = model.generate(samples, state, max_new_tokens, end=(tokenizer.end,), **gen_kwargs)
     tokens = next(steps)
     for step in itertools.count(1):
-        yield [
-            "" if token is None else answer.add(token, token == tokenizer.end or step == max_new_tokens)
-            for answer, token in zip(answers, tokens)
-        ]
+        pieces = []
+        for answer, token in zip(answers, tokens):
+            last = token == tokenizer.end or step == max_new_tokens
+            pieces.append("" if token is None else answer.add(token, last))
+        yield pieces
         try:
             tokens = steps.send([answer.ended for answer in answers])
         except StopIteration as stop:

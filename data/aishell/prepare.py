@@ -1,10 +1,11 @@
-"""AISHELL-1: Mandarin sentences read aloud, to be written down.
+"""AISHELL-1: Mandarin sentences read aloud: a transcription task.
 
     python data/aishell/prepare.py PATH [--skip_missing] [--out=data/aishell]
 
-PATH is the published data_aishell.tgz, or the folder unpacked from it (transcript/aishell_transcript_v0.8.txt, wav/S0002.tar.gz or
-wav/train/S0002/*.wav); what is packed is unpacked into the folder of --out. Writes train.jsonl, val.jsonl (dev) and test.jsonl: a record
-an utterance, without spaces. Sounds that the transcript does not know are left out.
+PATH is the published data_aishell.tgz, or the folder unpacked from it (transcript/aishell_transcript_v0.8.txt,
+wav/S0002.tar.gz or wav/train/S0002/*.wav); what is packed is unpacked into the folder of --out. Writes train.jsonl,
+val.jsonl (dev) and test.jsonl: a record an utterance, without spaces. Sounds that the transcript does not know are
+left out.
 """
 
 import argparse

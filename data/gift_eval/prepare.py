@@ -1,11 +1,13 @@
 """Real time series: GIFT-Eval, its pretraining collection, LOTSA and whatever has their layout.
 
-    python data/gift_eval/prepare.py PATH [PATH ...] [--length=1632] [--shortest=192] [--most=10000] [--seed=1] [--out=data/gift_eval]
+    python data/gift_eval/prepare.py PATH [PATH ...] [--length=1632] [--shortest=192] [--most=10000]
+        [--seed=1] [--out=data/gift_eval]
 
-PATH is a folder of data sets, or one of them (solar/H/data-00000-of-00001.arrow; it takes pyarrow), or a .jsonl of {"item_id", "target"}.
-Writes train.jsonl and val.jsonl, of every 20th record: each variable as it is, to seven digits, with null where it is unknown, in pieces
-of --length points at most. Pieces with fewer than --shortest known points or of one value only are left out, and so are, by name, the
-data sets of the LTSF benchmark: ETT, electricity, weather, traffic, Loop Seattle and SZ-Taxi.
+PATH is a folder of data sets, or one of them (solar/H/data-00000-of-00001.arrow; it takes pyarrow), or a .jsonl of
+{"item_id", "target"}. Writes train.jsonl and val.jsonl, of every 20th record: each variable as it is, to seven digits,
+with null where it is unknown, in pieces of --length points at most. Pieces with fewer than --shortest known points or
+of one value only are left out, and so are, by name, the data sets of the LTSF benchmark: ETT, electricity, weather,
+traffic, Loop Seattle and SZ-Taxi.
 """
 
 import argparse
@@ -58,11 +60,11 @@ if __name__ == "__main__":
                 print(json.dumps({"item_id": item_id, "target": points}), file=files[part])
                 written[part] += 1
     if not all(written):
-        sys.exit(
-            f"error: {' '.join(args.paths)} has {len(places)} records that can be used, which is too few to hold some out"
-        )
+        names = " ".join(args.paths)
+        sys.exit(f"error: {names} has {len(places)} records that can be used, which is too few to hold some out")
     for path in paths:
         os.replace(f"{path}.partial", path)
     print(
-        f"{written[0]:,} series for training, {written[1]:,} held out; {left_out:,} left out as too short or of one value only"
+        f"{written[0]:,} series for training, {written[1]:,} held out; "
+        f"{left_out:,} left out as too short or of one value only"
     )

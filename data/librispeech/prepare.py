@@ -1,10 +1,11 @@
-"""LibriSpeech: English books read aloud, to be written down.
+"""LibriSpeech: English books read aloud: a transcription task.
 
     python data/librispeech/prepare.py PATH [PATH ...] [--skip_missing] [--out=data/librispeech]
 
-PATH is a published archive (train-clean-100.tar.gz), which is unpacked into the folder of --out, or a folder in which they are
-unpacked (LibriSpeech/train-clean-100/19/198/19-198-0000.flac, beside 19-198.trans.txt). Writes train.jsonl of the parts train-*,
-val.jsonl of dev-* and test.jsonl of test-*: a record an utterance, in lower case, with its part as its task, by which scores are grouped.
+PATH is a published archive (train-clean-100.tar.gz), which is unpacked into the folder of --out, or a folder in which
+they are unpacked (LibriSpeech/train-clean-100/19/198/19-198-0000.flac, beside 19-198.trans.txt). Writes train.jsonl of
+the parts train-*, val.jsonl of dev-* and test.jsonl of test-*: a record an utterance, in lower case, with its part as
+its task, by which scores are grouped.
 """
 
 import argparse
@@ -91,6 +92,7 @@ if __name__ == "__main__":
         found += utterances(folder)
     if not found or any(part.split("-")[0] not in ("train", "dev", "test") for _, part, *_ in found):
         sys.exit(
-            f"error: {' '.join(args.paths)} should hold train-clean-100/SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt, or dev-clean, test-clean and the like"
+            f"error: {' '.join(args.paths)} should hold train-clean-100/SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt, "
+            "or dev-clean, test-clean and the like"
         )
     write(args.out, found, args.skip_missing)

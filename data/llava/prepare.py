@@ -1,12 +1,14 @@
 """LLaVA's conversations about pictures: captions to learn seeing from, and instructions.
 
-    python data/llava/prepare.py FILE.json [--images=FOLDER] [--skip_missing] [--skip_text] [--max_rounds=20] [--val=500] [--out=data/llava]
+    python data/llava/prepare.py FILE.json [--images=FOLDER] [--skip_missing] [--skip_text] [--max_rounds=20]
+        [--val=500] [--out=data/llava]
 
-FILE is blip_laion_cc_sbu_558k.json (LLaVA-Pretrain), chat.json (LLaVA-CC3M-Pretrain-595K) or llava_v1_5_mix665k.json, --images the folder
-in which the pictures' paths begin (00000/000000010.jpg, coco/train2017/...) or images.zip, which is unpacked into the folder of --out.
-Writes train.jsonl and val.jsonl. Mended, and counted: questions without an answer are dropped, a picture that no question has a mark for
-comes first, and a tag such as <audio> in a text about web pages is written <audio >, for it is no mark. Of llava_v1_5_mix665k.json 40,688
-are text alone. It takes some gigabytes of memory.
+FILE is blip_laion_cc_sbu_558k.json (LLaVA-Pretrain), chat.json (LLaVA-CC3M-Pretrain-595K) or llava_v1_5_mix665k.json,
+--images the folder in which the pictures' paths begin (00000/000000010.jpg, coco/train2017/...) or images.zip, which
+is unpacked into the folder of --out. Writes train.jsonl and val.jsonl. Mended, and counted: questions without an
+answer are dropped, a picture that no question has a mark for comes first, and a tag such as <audio> in a text about
+web pages is written <audio >, for it is no mark. Of llava_v1_5_mix665k.json 40,688 are text alone. It takes some
+gigabytes of memory.
 """
 
 import argparse
@@ -64,7 +66,7 @@ def mark(questions, n):
 
 
 def pieces(record, max_rounds):
-    """A record's conversation in pieces of so many rounds (0: in one), each about the same pictures and with the same wish for a short answer."""
+    """A record's conversation in pieces of max_rounds (0: in one), each with its pictures and wish for a short one."""
     found = rounds(record["conversations"])
     for start in range(0, len(found), max_rounds or len(found) or 1):
         questions, answers = zip(*found[start : start + max_rounds if max_rounds else None])
@@ -114,17 +116,23 @@ if __name__ == "__main__":
                 done += split
         except (AttributeError, KeyError, TypeError) as e:
             sys.exit(
-                f'error: {args.file}, record {n}, is not {{"image": ..., "conversations": [{{"from": ..., "value": ...}}, ...]}}: {e!r}'
+                f"error: {args.file}, record {n}, is not "
+                f'{{"image": ..., "conversations": [{{"from": ..., "value": ...}}, ...]}}: {e!r}'
             )
     names = sorted({name for record in done for name in pictures(record)})
     if names and not os.path.exists(os.path.join(images, names[0])) and os.path.isdir(os.path.join(images, "images")):
         images = os.path.join(images, "images")
-    exists = functools.cache(lambda name: os.path.exists(os.path.join(images, name)))
+
+    @functools.cache
+    def exists(name):
+        return os.path.exists(os.path.join(images, name))
+
     missing = [name for name in names if not exists(name)]
     if missing and not args.skip_missing:
         sys.exit(
-            f"error: {len(missing):,} of {len(names):,} pictures are missing in {images or '.'}, of them {', '.join(missing[:3])}: "
-            "say where they are with --images, or leave their records out with --skip_missing"
+            f"error: {len(missing):,} of {len(names):,} pictures are missing in {images or '.'}, "
+            f"of them {', '.join(missing[:3])}: say where they are with --images, "
+            "or leave their records out with --skip_missing"
         )
     kept = [record for record in done if all(map(exists, pictures(record)))]
 
@@ -147,6 +155,7 @@ if __name__ == "__main__":
         os.replace(f.name, path)
     n = sum(name in held_out for name in about)
     print(
-        f"{len(kept) - n:,} records for training, {n:,} held out, {sum(not pictures(r) for r in kept):,} of them text alone"
+        f"{len(kept) - n:,} records for training, {n:,} held out, "
+        f"{sum(not pictures(r) for r in kept):,} of them text alone"
     )
     print(f"left out: {untold:,} turns without an answer, {len(done) - len(kept):,} records whose picture is missing")

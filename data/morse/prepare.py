@@ -1,10 +1,10 @@
-"""Morse code in noise, to be written down.
+"""Morse code in noise: a transcription task.
 
     python data/morse/prepare.py [--sounds=24000] [--seed=1] [--out=data/morse]
 
-writes train.jsonl, val.jsonl and their sounds: words, numbers and groups of random letters, 1 to 10 characters in all, at 10 to
-30 words a minute, keyed by hand (no dash is quite like another), on a tone of 400 to 900 Hz, some of it deep in noise. No
-text of three characters or more is both in train and in val. 24,000 sounds take 440 MB.
+writes train.jsonl, val.jsonl and their sounds: words, numbers and groups of random letters, 1 to 10 characters in all,
+at 10 to 30 words a minute, keyed by hand (no dash is quite like another), on a tone of 400 to 900 Hz, some of it deep
+in noise. No text of three characters or more is both in train and in val. 24,000 sounds take 440 MB.
 """
 
 import argparse
@@ -26,17 +26,21 @@ CODE = dict(
     )
 )
 WORDS = (
-    "CQ DE TNX FER CALL UR RST NAME IS QTH RIG ANT WX HW? BK 73 88 QSL QRZ? QRM QRN QSB SKED THE OF AND TO IN IT YOU THAT HE WAS FOR ON ARE "
-    "WITH AS I HIS THEY BE AT ONE HAVE THIS FROM OR HAD BY HOT BUT SOME WHAT THERE WE CAN OUT OTHER WERE ALL YOUR WHEN UP USE WORD HOW "
-    "SAID AN EACH SHE WHICH DO THEIR TIME IF WILL WAY ABOUT MANY THEN THEM WOULD LIKE SO THESE HER LONG MAKE THING SEE HIM TWO HAS LOOK MORE "
-    "DAY COULD GO COME DID SOUND NO MOST PEOPLE MY OVER KNOW WATER THAN FIRST WHO MAY DOWN SIDE BEEN NOW FIND SHIP LIGHT HARBOUR NORTH"
+    "CQ DE TNX FER CALL UR RST NAME IS QTH RIG ANT WX HW? BK 73 88 QSL QRZ? QRM QRN QSB SKED THE OF AND TO IN IT "
+    "YOU THAT HE WAS FOR ON ARE WITH AS I HIS THEY BE AT ONE HAVE THIS FROM OR HAD BY HOT BUT SOME WHAT THERE WE "
+    "CAN OUT OTHER WERE ALL YOUR WHEN UP USE WORD HOW SAID AN EACH SHE WHICH DO THEIR TIME IF WILL WAY ABOUT MANY "
+    "THEN THEM WOULD LIKE SO THESE HER LONG MAKE THING SEE HIM TWO HAS LOOK MORE DAY COULD GO COME DID SOUND NO "
+    "MOST PEOPLE MY OVER KNOW WATER THAN FIRST WHO MAY DOWN SIDE BEEN NOW FIND SHIP LIGHT HARBOUR NORTH"
 ).split()
 RATE = 4000  # samples a second: enough for 900 Hz
 LONGEST = 10  # characters
 
 
 def compose(rng, held_out):
-    """A text of words, call signs and random groups, of as many characters as are drawn, or one fewer; train and val share only the shortest."""
+    """A text of words, call signs and random groups, of a drawn number of characters or one fewer.
+
+    Train and val share only the shortest.
+    """
     n = rng.randint(1, LONGEST)
     while True:
         words, left = [], n
@@ -53,7 +57,10 @@ def key(text, rng):
     """Samples of a text as it is keyed: a tone that comes and goes in 5 ms, with noise."""
     dot = 1.2 / rng.uniform(10, 30)  # seconds: PARIS and the space behind it are 50 dots
     unevenness, dash = rng.uniform(0, 0.12), rng.uniform(2.7, 3.4)
-    span = lambda dots: max(1, round(RATE * dot * dots * max(0.5, rng.gauss(1, unevenness))))
+
+    def span(dots):
+        return max(1, round(RATE * dot * dots * max(0.5, rng.gauss(1, unevenness))))
+
     envelope = [np.zeros(round(RATE * rng.uniform(0.05, 0.4)))]
     for word in text.split():
         for letter in word:

@@ -2,9 +2,9 @@
 
     python data/same/prepare.py [--pairs=16000] [--seed=1] [--out=data/same]
 
-writes train.jsonl, val.jsonl, their pictures and their sounds: a number of 1 to 3 digits as data/digits draws it, and one that
-data/morse keys, which is the same or differs in one digit, as often as not. The answer has its working: `407, 417: no`. The writers
-of val are not those of train. 16,000 pairs take 290 MB.
+writes train.jsonl, val.jsonl, their pictures and their sounds: a number of 1 to 3 digits as data/digits draws it, and
+one that data/morse keys, which is the same or differs in one digit, as often as not. The answer has its working: `407,
+417: no`. The writers of val are not those of train. 16,000 pairs take 290 MB.
 """
 
 import argparse

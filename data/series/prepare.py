@@ -2,11 +2,12 @@
 
     python data/series/prepare.py [--real=a.jsonl,FOLDER] [--series=40000] [--seed=1] [--out=data/series]
 
-writes train.jsonl and val.jsonl, {"item_id", "target"} a line. What is made up is a sum or product of seasons with harmonics, daily and
-weekly profiles, trends, Gaussian processes and several kinds of noise, with breaks, bursts, gaps and limits, and mixtures of such
-series. --real takes files of such lines and folders of .arrow files, as GIFT-Eval's (which takes pyarrow): cut, stretched, turned
-over, mixed and drowned in noise, they make 40 % of train and half of val, which has a tenth of them for itself. Series of the data sets of
-the LTSF benchmark are left out by name (BENCHMARKS). 40,000 series take 450 MB.
+writes train.jsonl and val.jsonl, {"item_id", "target"} a line. What is made up is a sum or product of seasons with
+harmonics, daily and weekly profiles, trends, Gaussian processes and several kinds of noise, with breaks, bursts, gaps
+and limits, and mixtures of such series. --real takes files of such lines and folders of .arrow files, as GIFT-Eval's
+(which takes pyarrow): cut, stretched, turned over, mixed and drowned in noise, they make 40 % of train and half of
+val, which has a tenth of them for itself. Series of the data sets of the LTSF benchmark are left out by name
+(BENCHMARKS). 40,000 series take 450 MB.
 """
 
 import argparse
@@ -45,12 +46,15 @@ def seasons(g, t):
 
 
 def profile(g, t):
-    """A day's course hour by hour, other on days off or on each day of the week, more or less of it day by day and by the day of the week."""
+    """A day's course hour by hour, another on days off or on each day of the week, more or less of it day by day."""
     day = int(g.choice((24, 24, 24, 24, 24, 24, 48, 96)))
     shapes = np.abs([smooth(g, 3 * day, day / g.uniform(3, 10))[day : 2 * day] for _ in range(7)]) ** g.uniform(0.7, 2)
     free = g.choice((0, 1, 2), p=(0.2, 0.3, 0.5))
     days = (t // day).astype(int)
-    weekly = lambda: g.exponential(0.2) * g.normal(size=7)[days % 7]
+
+    def weekly():
+        return g.exponential(0.2) * g.normal(size=7)[days % 7]
+
     level = 1 + g.uniform(0, 0.4) * noise(g, days.max() + 1)[days] + weekly()
     course = days % 7 if g.random() < 0.25 else (days % 7 >= 7 - free).astype(int)
     return shapes[course, (t % day).astype(int)] * level + weekly()
@@ -89,7 +93,7 @@ def noise(g, n, kind=None):
 
 
 def process(g, t):
-    """A sample of a Gaussian process whose kernel is a sum and product of periodic, squared exponential and rational quadratic ones."""
+    """A sample of a Gaussian process: periodic, squared exponential, rational quadratic kernels added or multiplied."""
     grid = np.arange(0, len(t) + 4, 4.0)
     apart = np.abs(grid[:, None] - grid)
 
@@ -106,10 +110,13 @@ def process(g, t):
     return np.interp(t, grid, vectors @ (np.sqrt(values.clip(0)) * g.normal(size=len(grid))))
 
 
+def unit(x):
+    return (x - x.mean()) / (x.std() + 1e-9)
+
+
 def invent(g, n):
     """A made-up series of n points."""
     t = np.arange(n) + g.integers(1000)
-    unit = lambda x: (x - x.mean()) / (x.std() + 1e-9)
     kind = g.random()
     y = unit(process(g, np.arange(n)) if kind < 0.05 else profile(g, t) if kind < 0.7 else seasons(g, t))
     if g.random() < 0.4:
@@ -136,7 +143,10 @@ def invent(g, n):
 
 
 def read_series(paths):
-    """(file and record, item_id, points, NaN where unknown) of each variable in .jsonl files and folders of .arrow files, without the benchmarks' own."""
+    """(file and record, item_id, points, NaN where unknown) of each variable in .jsonl files and .arrow files' folders.
+
+    Series of the benchmarks are left out.
+    """
     left_out = set()
 
     def variables(record, at, name):
@@ -189,7 +199,7 @@ def read_series(paths):
 
 
 def real_series(paths):
-    """[(file and record, item_id, points)] of those that are long enough and not still, with a line drawn over their gaps."""
+    """[(file and record, item_id, points)] of those that are long enough and not constant, gaps interpolated."""
     found = []
     for at, item_id, row in read_series(paths):
         there = np.isfinite(row)
@@ -199,7 +209,7 @@ def real_series(paths):
 
 
 def cut(g, series, n):
-    """n points, or all there are, of one of these series; a longer one comes more often, or hundreds of short ones would be most of all."""
+    """n points, or all there are, of one of these series; longer ones come more often, or short ones would prevail."""
     weights = np.array([len(x) ** 1.2 for *_, x in series])
     x = series[g.choice(len(series), p=weights / weights.sum())][-1]
     if g.random() < 0.4:
@@ -212,8 +222,10 @@ def cut(g, series, n):
 def write(out, name, many, g, n, real, share):
     with contextlib.suppress(FileNotFoundError):
         os.remove(os.path.join(out, f"{name}.jsonl"))
-    unit = lambda x: (x - x.mean()) / (x.std() + 1e-9)
-    draw = lambda: unit(cut(g, real, n) if real and g.random() < share else invent(g, n))
+
+    def draw():
+        return unit(cut(g, real, n) if real and g.random() < share else invent(g, n))
+
     with open(os.path.join(out, f"{name}.jsonl.partial"), "w") as f:
         for i in range(many):
             x = draw()
@@ -258,5 +270,6 @@ if __name__ == "__main__":
         0.5,
     )
     print(
-        f"{args.series} series for training, {max(1, args.series // 30)} held out; {len(real)} real ones to cut them from"
+        f"{args.series} series for training, {max(1, args.series // 30)} held out; "
+        f"{len(real)} real ones to cut them from"
     )

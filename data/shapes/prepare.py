@@ -3,8 +3,8 @@
     python data/shapes/prepare.py [--pictures=12000] [--seed=1] [--out=data/shapes]
 
 writes train.jsonl, val.jsonl and their pictures: a grid of 3 x 3 cells with 1 to 5 shapes. Each question gets each of
-its answers about equally often, so that its text alone gives nothing away. Each colour and shape has a place where training
-never draws the two together; every question of val is about such a thing (UNDRAWN).
+its answers about equally often, so that its text alone gives nothing away. Each colour and shape has a place where
+training never draws the two together; every question of val is about such a thing (UNDRAWN).
 """
 
 import argparse
@@ -111,7 +111,7 @@ WAYS = {  # way to ask: (task, how often, of how many things at least, how much 
 
 
 def ask_all(ways, things, rng, held_out, asked):
-    """[(question, answer)], one for each way, with answers that these questions had (nearly) least often so far; or None."""
+    """[(question, answer)], one a way, with answers that these questions had least often so far, or nearly; or None."""
     found = []
     for way in ways:
         for question, answer, about in filter(None, (ask(way, things, rng) for _ in range(12))):
@@ -127,7 +127,7 @@ def ask_all(ways, things, rng, held_out, asked):
 
 
 def draw(things, rng):
-    """The things, each a little moved, resized and tinted, on a grid of grey lines (which a trimmed border leaves in place)."""
+    """The things, each a little moved, resized and tinted, on a grid of grey lines, which trimming leaves in place."""
     fine = CELL * FINE
     picture = Image.new("RGB", (3 * fine, 3 * fine), (rng.randint(240, 255),) * 3)
     pen = ImageDraw.Draw(picture)

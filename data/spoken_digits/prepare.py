@@ -1,11 +1,12 @@
-"""Numbers spoken digit by digit, to be written down.
+"""Numbers spoken digit by digit: a transcription task.
 
-    python data/spoken_digits/prepare.py FOLDER [--held_out=NAME] [--sounds=20000] [--seed=1] [--out=data/spoken_digits]
+    python data/spoken_digits/prepare.py FOLDER [--held_out=NAME] [--sounds=20000] [--seed=1]
+        [--out=data/spoken_digits]
 
 FOLDER has recordings of single digits, called digit_speaker_index.wav, as the free-spoken-digit-dataset has. Writes
-train.jsonl, val.jsonl and their sounds: strings of 1 to 6 digits by one speaker each, on noise. In train the voices are
-also made higher or lower, the digits faster or slower and cut more closely, and microphone and noise are others each time;
-val is the speaker who is held out, as recorded. 20,000 sounds take 680 MB.
+train.jsonl, val.jsonl and their sounds: strings of 1 to 6 digits by one speaker each, on noise. In train the voices
+are also made higher or lower, the digits faster or slower and cut more closely, and microphone and noise are others
+each time; val is the speaker who is held out, as recorded. 20,000 sounds take 680 MB.
 """
 
 import argparse
@@ -17,11 +18,15 @@ import re
 import sys
 from collections import defaultdict
 
+import librosa
 import numpy as np
 import soundfile
-import soxr
 
 RATE = 8000  # samples a second
+
+
+def resample(x, rate):
+    return librosa.resample(x, orig_sr=rate, target_sr=RATE, fix=False)
 
 
 def recordings(folder):
@@ -33,12 +38,12 @@ def recordings(folder):
                 x, rate = soundfile.read(os.path.join(folder, name), always_2d=True)
             except soundfile.SoundFileError as e:
                 sys.exit(f"error: {os.path.join(folder, name)} is not a sound that can be read: {e}")
-            found[match[2]][match[1]].append(soxr.resample(x.mean(1), rate, RATE))
+            found[match[2]][match[1]].append(resample(x.mean(1), rate))
     return found
 
 
 def stretch(x, factor):
-    """Samples that last `factor` times as long at the same pitch: overlapping windows, each moved to where it fits best what is there."""
+    """Samples that last `factor` times as long at the same pitch: overlapping windows, each moved to where it fits."""
     size, hop = 240, 120
     window, y = np.hanning(size), np.zeros(int(len(x) * factor) + 2 * size)
     x = np.pad(x, (80, 2 * size + 80))
@@ -54,7 +59,7 @@ def stretch(x, factor):
 
 def vary(x, voice, pace):
     """A digit with its pitch and formants `voice` times as high, lasting `pace` times as long."""
-    return stretch(soxr.resample(x, RATE * voice, RATE), pace * voice)
+    return stretch(resample(x, RATE * voice), pace * voice)
 
 
 def shape(x, rng, db):
@@ -66,7 +71,7 @@ def shape(x, rng, db):
 
 
 def trim(x, below):
-    """Samples cut as closely as some cut them: from the first to the last that is at most `below` dB fainter than the loudest, over 15 ms."""
+    """Samples from the first to the last that is at most `below` dB fainter than the loudest, over 15 ms."""
     n = RATE * 15 // 2000
     loudness = np.convolve(np.pad(x**2, n), np.hanning(2 * n + 1), "valid")
     there = np.flatnonzero(loudness >= loudness.max() * 10 ** (-below / 10))
@@ -125,7 +130,8 @@ if __name__ == "__main__":
     held_out = args.held_out or max(speakers, default="")
     if len(speakers) < 2 or held_out not in speakers or any(len(digits) < 10 for digits in speakers.values()):
         sys.exit(
-            f"error: {args.folder} needs digit_speaker_index.wav of all digits by two speakers or more; found {', '.join(speakers) or 'none'}"
+            f"error: {args.folder} needs digit_speaker_index.wav of all digits by two speakers or more; "
+            f"found {', '.join(speakers) or 'none'}"
         )
     write(
         args.out,
@@ -139,5 +145,6 @@ if __name__ == "__main__":
         args.out, "val", max(1, args.sounds // 16), random.Random(args.seed + 1), {held_out: speakers[held_out]}, False
     )
     print(
-        f"{args.sounds} sounds for training, {max(1, args.sounds // 16)} by {held_out}, who is not in them, for validation"
+        f"{args.sounds} sounds for training, {max(1, args.sounds // 16)} for validation, "
+        f"by {held_out}, who is not in them"
     )
