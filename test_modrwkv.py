@@ -48,7 +48,6 @@ from PIL import Image, ImageDraw
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import modrwkv
 import sample
@@ -3936,16 +3935,6 @@ def test_data_from_any_folder_of_train_and_val(counting, tmp_path):
 # ---------------------------------------------------------------------------------------------- train.py
 
 
-@pytest.fixture
-def echo(monkeypatch):
-    """In the place of a model: a sample is its record's id, or numbers, as many as the text has characters."""
-
-    def record_sample(model, record):
-        return record["id"] if "conversations" in record else [("answer", list(range(len(record["text"]))))]
-
-    monkeypatch.setattr(train, "record_sample", record_sample)
-
-
 class Echo(torch.nn.Module):
     """In the place of a model."""
 
@@ -3955,28 +3944,38 @@ class Echo(torch.nn.Module):
         return samples
 
 
+@pytest.fixture
+def batches(monkeypatch):
+    """Makes Batches of records: a sample is its record's id, or of a text as many numbers as it has characters."""
+
+    def record_sample(model, record):
+        return record["id"] if "conversations" in record else [("answer", list(range(len(record["text"]))))]
+
+    def make(levels, records=None, **settings):
+        rng = random.Random(0)
+        records = records or [talk("q" * rng.randint(1, 50), "a", id=i, level=x) for i, x in enumerate(levels)]
+        return train.Batches(records, train.Train(**dict(batch_size=8, level_steps=0) | settings), Echo())
+
+    monkeypatch.setattr(train, "record_sample", record_sample)
+    return make
+
+
 def drawn(batches, *steps):
     """What a single process draws."""
     return [i for step in range(*steps) for i in batches[step][0]]
 
 
-def batches(levels, **settings):
-    rng = random.Random(0)
-    records = [talk("q" * rng.randint(1, 50), "a", id=i, level=level) for i, level in enumerate(levels)]
-    return train.Batches(records, train.Train(**dict(batch_size=8, level_steps=0) | settings), Echo())
-
-
 W = train.Batches.BUCKET  # as many batches of 8 are an epoch of 8 * W records
 
 
-def test_an_epoch_holds_each_record_once(echo):
+def test_an_epoch_holds_each_record_once(batches):
+    """Against counts; like lengths share a batch, in no order of length."""
     b = batches([1] * 8 * W)
     first = drawn(b, W)
     assert sorted(first) == sorted(drawn(b, W, 2 * W)) == list(range(8 * W))
     assert first != drawn(b, W, 2 * W) and first != drawn(batches([1] * 8 * W, seed=2), W)
     lengths = [sorted(b.lengths[i] for i in first[8 * step : 8 * step + 8]) for step in range(W)]
-    assert sum(sorted(lengths), []) == sorted(sum(lengths, []))  # like lengths share a batch
-    assert sorted(lengths) != lengths  # but the short ones do not come first
+    assert sum(sorted(lengths), []) == sorted(sum(lengths, [])) and sorted(lengths) != lengths
     b = batches([1] * 16 * W)
     assert set(drawn(b, W)) != set(drawn(b, 2 * W, 3 * W))  # each epoch has an order of its own
     b = batches([1] * 40)  # an epoch ends in the middle of a batch
@@ -3984,7 +3983,8 @@ def test_an_epoch_holds_each_record_once(echo):
     assert set(Counter(drawn(b, W)).values()) == {W // 5, W // 5 + 1} and len(set(drawn(b, W))) == 40
 
 
-def test_curriculum(echo):
+def test_curriculum(batches):
+    """Against the levels that may be drawn at each step; each folder keeps its share."""
     levels = [n % 5 + 1 for n in range(8 * W)]
     b = batches(levels, level_steps=2 * W)
     for top in range(1, 6):
@@ -3994,26 +3994,23 @@ def test_curriculum(echo):
     assert drawn(batches([5] * 20, level_steps=16), 1)  # all too hard: then all are ready
     b = batches([1, 2] * 4 * W, level_steps=2 * W)
     for i, record in enumerate(b.records):
-        record["_folder"] = "ab"[i < 6 * W]  # a fourth of the records is in a
-        b.levels[i] = 1 + (i >= 6 * W and i % 8 != 0)  # of which few are ready
+        record["_folder"] = "ab"[i < 6 * W]  # a fourth of the records is in a, of which few are ready
+        b.levels[i] = 1 + (i >= 6 * W and i % 8 != 0)
     first = drawn(b, 2 * W)
-    assert (
-        all(b.levels[i] == 1 for i in first) and sum(i >= 6 * W for i in first) == len(first) // 4
-    )  # who waits keeps a place for its own
+    assert {b.levels[i] for i in first} == {1} and sum(i >= 6 * W for i in first) == len(first) // 4
 
 
-def test_long_texts_are_cut(echo):
-    make = lambda: train.Batches(
-        [{"text": "x" * n} for n in (40, 20)], train.Train(batch_size=8, ctx_len=32, level_steps=0), Echo()
-    )
-    windows = [ids for [(_, ids)] in drawn(make(), 64)]
-    assert {tuple(ids) for ids in windows} == {tuple(range(start, start + 33)) for start in range(8)} | {
-        tuple(range(20))
-    }
-    assert [ids for [(_, ids)] in drawn(make(), 63, 64)] == windows[-8:]
+def test_long_texts_are_cut_into_random_windows(batches):
+    """Against every window that there is."""
+    texts = [{"text": "x" * n} for n in (40, 20)]
+    windows = [tuple(ids) for [(_, ids)] in drawn(batches([], texts, ctx_len=32), 64)]
+    assert set(windows) == {tuple(range(start, start + 33)) for start in range(8)} | {tuple(range(20))}
+    again = drawn(batches([], texts, ctx_len=32), 63, 64)
+    assert [tuple(ids) for [(_, ids)] in again] == windows[-8:]
 
 
 def test_held_out_text_is_predicted_once_throughout(model):
+    """Against the tokens of each text but its first."""
     texts = ["abc " * 33, "x", "hello"]
     windows = list(held_out_samples(model, [{"text": t} for t in texts], 32))
     assert all(len(sample) == 1 and len(sample[0][1]) <= 33 for sample in windows)
@@ -4022,35 +4019,37 @@ def test_held_out_text_is_predicted_once_throughout(model):
     assert n_targets(model, windows) == len(predicted)
 
 
-@pytest.mark.parametrize(
-    "flags, expected",
-    [
-        (
-            dict(schedule="wsd", warmup_steps=10, decay_fraction=0.4, lr_final=0.2),
-            {0: 0.1, 9: 1, 10: 1, 59: 1, 79: 0.6, 99: 0.2},
-        ),
-        (dict(schedule="wsd", warmup_steps=0, decay_fraction=1.0), {0: 0.99, 49: 0.5, 99: 0}),
-        (
-            dict(schedule="cosine", max_steps=1100, warmup_steps=100),
-            {0: 0.01, 99: 1, 349: (2 + 2**0.5) / 4, 599: 0.5, 1099: 0},
-        ),
-        (
-            dict(schedule="cosine", max_steps=200, warmup_steps=0, lr_final=0.5),
-            {49: 0.5 + (2 + 2**0.5) / 8, 99: 0.75, 199: 0.5},
-        ),
-        (dict(schedule="constant", warmup_steps=10, lr_final=0.2), {0: 0.1, 4: 0.5, 9: 1, 50: 1, 99: 1}),
-        (dict(schedule="constant", warmup_steps=0), {0: 1, 99: 1}),
-    ],
-)
-def test_learning_rate(flags, expected):
-    settings = train.Train(**dict(learning_rate=1.0, max_steps=100) | flags)
+# fmt: off
+@pytest.mark.parametrize("schedule, flags, expected", [
+    ("wsd", dict(warmup_steps=10, decay_fraction=0.4, lr_final=0.2), {0: 0.1, 9: 1, 10: 1, 59: 1, 79: 0.6, 99: 0.2}),
+    ("wsd", dict(warmup_steps=0, decay_fraction=1.0), {0: 0.99, 49: 0.5, 99: 0}),
+    ("cosine", dict(max_steps=1100, warmup_steps=100), {0: 0.01, 99: 1, 349: (2 + 2**0.5) / 4, 599: 0.5, 1099: 0}),
+    ("cosine", dict(max_steps=200, warmup_steps=0, lr_final=0.5), {49: 0.5 + (2 + 2**0.5) / 8, 99: 0.75, 199: 0.5}),
+    ("constant", dict(warmup_steps=10, lr_final=0.2), {0: 0.1, 4: 0.5, 9: 1, 50: 1, 99: 1}),
+    ("constant", dict(warmup_steps=0), {0: 1, 99: 1}),
+])
+# fmt: on
+def test_learning_rate(schedule, flags, expected):
+    """Against the schedules' formulas, at their corners."""
+    settings = train.Train(schedule=schedule, learning_rate=1.0, **dict(max_steps=100) | flags)
     assert {step: train.learning_rate(step, settings) for step in expected} == pytest.approx(expected, abs=1e-9)
 
 
 TINY = ("--n_layer=2", "--n_embd=64", "--head_size=32", "--batch_size=8", "--device=cpu", "--dtype=float32")
-kept = lambda out, key="model": read_checkpoint(out / "ckpt.pt")[key]
-log = lambda out: [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-column = lambda out, key: [x[key] for x in log(out) if key in x]
+
+
+def kept(out, key="model"):
+    """A part of the checkpoint of a run."""
+    return read_checkpoint(out / "ckpt.pt")[key]
+
+
+def log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def column(out, key):
+    """The values of a key in the log of a run."""
+    return [x[key] for x in log(out) if key in x]
 
 
 def said(main, *args):
@@ -4073,9 +4072,20 @@ def bars(path, n):
     return stored(image, path)
 
 
+def wave(phase, n=200):
+    """A sine."""
+    return [math.sin(i / 3 + phase) + 5 for i in range(n)]
+
+
+def csv(path, head, *columns):
+    """Writes a table, and returns its path."""
+    path.write_text(f"{head}\n" + "".join(",".join(map(str, row)) + "\n" for row in zip(*columns)))
+    return path
+
+
 @pytest.fixture(scope="session")
 def counting(tmp_path_factory):
-    """Records that can be learned by heart in part: how many bars, and is that even; and a text, which takes no time to score."""
+    """Records that can be learned by heart in part: how many bars, and is that even; and a text, quickly scored."""
     folder = tmp_path_factory.mktemp("counting")
     records = []
     for n, word in enumerate("one two three four five six seven eight".split(), 1):
@@ -4095,11 +4105,13 @@ def trained(counting, tmp_path_factory):
 
 
 def test_a_run_leaves_its_log_checkpoint_and_curve(trained):
+    """Against the files, steps and keys that the README names."""
     out = trained[0]
     assert sorted(p.name for p in out.iterdir()) == ["ckpt.pt", "log.jsonl", "loss.png"]
+    steps = [x for x in log(out) if "loss" in x]
     assert [x["step"] for x in log(out) if "val_loss" in x] == [50, 100]
-    assert [x["step"] for x in log(out) if "loss" in x] == list(range(1, 101))
-    for x in [x for x in log(out) if "loss" in x]:
+    assert [x["step"] for x in steps] == list(range(1, 101))
+    for x in steps:
         assert x.keys() == {"step", "loss", "lr", "grad_norm", "tokens", "seconds"}
         assert all(math.isfinite(value) for value in x.values()) and x["tokens"] > 0 and x["grad_norm"] > 0
     curve = column(out, "loss")
@@ -4109,8 +4121,9 @@ def test_a_run_leaves_its_log_checkpoint_and_curve(trained):
 
 
 def test_a_run_scores_what_was_held_out(trained, counting):
+    """Against one batch of all: batches of answers of unequal length must not be averaged; and sample.py --eval."""
     out, words, model = trained
-    with torch.no_grad():  # in one batch: batches of answers of unequal length must not be averaged
+    with torch.no_grad():
         loss = model.loss([record_sample(model, r) for r in read_records(counting[0])]).item()
     assert column(out, "val_loss")[-1] == pytest.approx(loss, abs=1e-5)
     assert f"\nheld-out loss {column(out, 'val_loss')[-1]:.4f}\n" in words
@@ -4118,301 +4131,198 @@ def test_a_run_scores_what_was_held_out(trained, counting):
     scores = json.loads(scores)
     tasks = scores.pop("tasks")
     assert scores == {key: column(out, key)[-1] for key in ("n", "exact", "chars", "majority")} and scores["n"] == 24
-    assert table == words.splitlines()[-len(table) - 2 : -2]  # the same in both
+    assert table == words.splitlines()[-len(table) - 2 : -2]
     [line] = [x for x in table if x.startswith("read ")]
     assert line.split()[1:4] == ["16", f"{100 * tasks['read']['exact']:.1f}", "%"]
 
 
 @pytest.mark.parametrize("table,rows", [("data", 4), ("prompt", 3), ("scan", 3), ("adapter", 3), ("conv", 4)])
-def test_a_table_runs_each_row_with_three_seeds(table, rows, tmp_path, monkeypatch, capsys):
-    """The runs themselves are played by a function: it notes its flags, leaves a log, and fails once."""
+def test_ablation_runs_each_row_with_three_seeds(table, rows, tmp_path, monkeypatch, capsys):
+    """Against means and deviations by hand; a function plays the runs: it logs, and fails once."""
     commands, fail = [], ["_2"]
 
     def play(command, env, stdout, stderr):
         flags = dict(flag[2:].split("=", 1) for flag in command[2:])
         commands.append(flags)
         assert command[1] == str(REPO / "train.py") and env["OMP_NUM_THREADS"] == "1"
-        out = Path(flags["out_dir"])
-        broken = fail and flags["out_dir"].endswith(fail[0])
-        score = {
-            "n": 9,
-            "exact": 0.1 * int(flags["seed"]) + 0.01 * len(flags.get("scan", "")),
-            "tasks": {"read": {"exact": 0.5}},
-        }
+        out, seed = Path(flags["out_dir"]), int(flags["seed"])
+        broken = bool(fail) and flags["out_dir"].endswith(fail[0])
+        exact = 0.1 * seed + 0.01 * len(flags.get("scan", ""))
+        score = {"n": 9, "exact": exact, "tasks": {"read": {"exact": 0.5}}}
         if table == "adapter":  # series are not answers
-            score = {"n": 0, "exact": 0.0, "tasks": {}, "val_loss": int(flags["seed"]) / int(flags["adapter_scale"])}
-        steps = [
-            {"step": n, "loss": 1.0, "seconds": 5.0 + 3.2 * n + (n == 4)} for n in range(7)
-        ]  # the evaluation behind one step is none of its time
+            score = {"n": 0, "exact": 0.0, "tasks": {}, "val_loss": seed / int(flags["adapter_scale"])}
+        # the evaluation behind one step is none of its time
+        steps = [{"step": n, "loss": 1.0, "seconds": 5.0 + 3.2 * n + (n == 4)} for n in range(7)]
         torch.save({"train": {"batch_size": 64, "max_steps": 7}}, out / "ckpt.pt")
-        (out / "log.jsonl").write_text(
-            "{" if broken else "".join(json.dumps(x) + "\n" for x in (*steps, {"step": 7, **score}))
-        )
-        return SimpleNamespace(returncode=int(bool(broken)))
+        jsonl(out / "log.jsonl", *steps, {"step": 7, **score})
+        if broken:
+            (out / "log.jsonl").write_text("{")
+        return SimpleNamespace(returncode=int(broken))
 
     monkeypatch.setattr(ablate.subprocess, "run", play)
     argv = [table, "--data=x.jsonl", f"--out_dir={tmp_path}", "--max_steps=7", "--seed=9"]
     assert "_2 did not finish" in refusal(ablate.main, argv) and "said.txt" in refusal(ablate.main, argv)
     fail.clear()
     done = sum((folder / "log.jsonl").read_text() != "{" for folder in tmp_path.iterdir())
-    commands.clear(), capsys.readouterr()
+    commands.clear()
+    capsys.readouterr()
     ablate.main(argv)
-    assert len(commands) == 3 * rows - done  # what was done stays done
+    assert len(commands) == 3 * rows - done == len({flags["out_dir"] for flags in commands})  # what is done stays
     assert any(flags["resume"] == "True" for flags in commands)  # what was broken goes on
-    assert all(flags["max_steps"] == "7" for flags in commands)
-    assert len({flags["out_dir"] for flags in commands}) == len(commands) and {flags["seed"] for flags in commands} <= {
-        "1",
-        "2",
-        "3",
-    }
+    assert {flags["max_steps"] for flags in commands} == {"7"} and {flags["seed"] for flags in commands} <= set("123")
     head, line, *lines = capsys.readouterr().out.splitlines()[-rows - 2 :]
-    assert head == (
-        "| x.jsonl | loss | ms a sample |"
-        if table == "adapter"
-        else "| % exact on x.jsonl | all | read | ms a sample |"
-    )
-    assert line == "|---" * (head.count("|") - 1) + "|"
+    columns = "x.jsonl | loss" if table == "adapter" else "% exact on x.jsonl | all | read"
+    assert head == f"| {columns} | ms a sample |" and line == "|---" * (head.count("|") - 1) + "|"
     for text, row in zip(lines, ablate.ABLATIONS[table], strict=True):
-        loss = f"{2 / row['adapter_scale']:.4f} ± {1 / row['adapter_scale']:.4f}" if table == "adapter" else ""
-        score = loss or f"{20 + len(row.get('scan', '')):.1f} ± 10.0 | 50.0 ± 0.0"
+        score = f"{20 + len(row.get('scan', '')):.1f} ± 10.0 | 50.0 ± 0.0"
+        if table == "adapter":
+            score = f"{2 / row['adapter_scale']:.4f} ± {1 / row['adapter_scale']:.4f}"
         assert text == f"| {', '.join(f'{name} {value}' for name, value in row.items())} | {score} | 50.0 ± 0.0 |"
     with pytest.raises(SystemExit):
         ablate.main(["x"])
     assert "invalid choice: 'x'" in capsys.readouterr().err
 
 
+FORECAST = "--series_encoder=wavenet --series_kernel=4 --series_stride=4 --lookback=48 --horizon=8".split()
+FORECAST += "--level_steps=0 --warmup_steps=10".split()
+
+
 @pytest.fixture(scope="session")
 def forecaster(tmp_path_factory):
-    """(out_dir, folder) of a tiny model that has learned to go on with a sine."""
+    """(out_dir, what was said, x.csv, model) of a tiny model that has learned to go on with a sine."""
     folder = tmp_path_factory.mktemp("series")
-    wave = lambda phase, n=200: [math.sin(i / 3 + phase) + 5 for i in range(n)]
-    data = (
-        jsonl(folder / "train.jsonl", *({"target": wave(phase)} for phase in range(20))),
-        jsonl(folder / "val.jsonl", {"target": wave(0.5)}),
-    )
-    flags = (
-        "--series_encoder=wavenet",
-        "--image_encoder=none",
-        "--series_kernel=4",
-        "--series_stride=4",
-        "--lookback=48",
-        "--horizon=8",
-    )
-    words = learn(
-        folder / "out", data, *flags, "--max_steps=120", "--learning_rate=5e-3", "--warmup_steps=10", "--level_steps=0"
-    )
-    (folder / "x.csv").write_text("t,a,b\n" + "".join(f"{i},{10 * y},{y}\n" for i, y in enumerate(wave(0.2, 100))))
-    return folder, words, wave
+    data = jsonl(folder / "train.jsonl", *({"target": wave(phase)} for phase in range(20)))
+    val = jsonl(folder / "val.jsonl", {"target": wave(0.5)})
+    flags = ("--image_encoder=none", "--max_steps=120", "--learning_rate=5e-3")
+    words = learn(folder / "out", (data, val), *FORECAST, *flags)
+    y = wave(0.2, 100)
+    table = csv(folder / "x.csv", "t,a,b", range(100), [10 * x for x in y], y)
+    return folder / "out", words, table, load(folder / "out")
 
 
 def test_one_model_sees_hears_and_forecasts(tmp_path):
-    """Three data sets learned at once; then a picture, a sound and a series in one question, each of which the answer depends on."""
-    numbers, tones, wave = (
-        "one two three".split(),
-        dict(low=300, high=2000),
-        lambda phase, n=200: [math.sin(i / 3 + phase) + 5 for i in range(n)],
-    )
+    """Three data sets learned at once, then all in one question, each of which the answer depends on."""
+    numbers, tones = ("one", "two", "three"), {"low": 300, "high": 2000}
     for n, number in enumerate(numbers):
         bars(tmp_path / f"{number}.png", 2 * n + 1)
     for tone, hertz in tones.items():
-        soundfile.write(
-            tmp_path / f"{tone}.wav",
-            0.5 * np.sin(2 * np.pi * hertz * np.arange(4800) / 16000) + 1e-3 * pixels(1, 4800),
-            16000,
-        )
+        y = 0.5 * np.sin(2 * np.pi * hertz * np.arange(4800) / 16000) + 1e-3 * pixels(1, 4800)
+        soundfile.write(tmp_path / f"{tone}.wav", y, 16000)
+    prompt, both = "<series><image><audio>\nBoth?", []
+    for i, (number, tone) in enumerate(itertools.product(numbers, tones)):
+        files = dict(image=f"{number}.png", audio=f"{tone}.wav", series=wave(i, 48))
+        both.append(talk(prompt, f"{number} {tone}", **files, task="both"))
     seen = [talk("<image>\nHow many?", number, image=f"{number}.png", task="see") for number in numbers]
     heard = [talk("<audio>", tone, audio=f"{tone}.wav", task="hear") for tone in tones]
     ahead = [{"target": wave(phase)} for phase in range(5)]
-    both = [
-        talk(
-            "<series><image><audio>\nBoth?",
-            f"{number} {tone}",
-            image=f"{number}.png",
-            audio=f"{tone}.wav",
-            series=wave(i, 48),
-            task="both",
-        )
-        for i, (number, tone) in enumerate(itertools.product(numbers, tones))
-    ]
-    files = [
-        jsonl(tmp_path / f"{name}.jsonl", *records)
-        for name, records in dict(seen=seen, heard=heard, ahead=ahead, both=both).items()
-    ]
-    encoders = (
-        "--audio_encoder=mel",
-        "--series_encoder=wavenet",
-        "--encoder_width=32",
-        "--series_kernel=4",
-        "--series_stride=4",
-    )
-    data, out = (",".join(map(str, files)), jsonl(tmp_path / "val.jsonl", *both, *seen, *heard)), tmp_path / "out"
-    learn(
-        out,
-        data,
-        *encoders,
-        "--lookback=48",
-        "--horizon=8",
-        "--max_steps=200",
-        "--warmup_steps=10",
-        "--level_steps=0",
-        "--batch_size=16",
-    )
+    parts = enumerate((seen, heard, ahead, both))
+    data = ",".join(str(jsonl(tmp_path / f"{i}.jsonl", *records)) for i, records in parts)
+    out, val = tmp_path / "out", jsonl(tmp_path / "val.jsonl", *both, *seen, *heard)
+    flags = ("--audio_encoder=mel", "--encoder_width=32", "--max_steps=200", "--batch_size=16")
+    learn(out, (data, val), *FORECAST, *flags)
     assert {task: score["exact"] for task, score in log(out)[-1]["tasks"].items()} == dict(both=1, hear=1, see=1)
-    model, files = (
-        load(out),
-        lambda number, tone: (
-            ("image", tmp_path / f"{number}.png"),
-            ("audio", tmp_path / f"{tone}.wav"),
-            ("series", wave(1, 48)),
-        ),
-    )
+    model = load(out)
     assert (model.forecast([wave(0.2, 100)])[0] - torch.tensor(wave(0.2, 108)[100:])).abs().mean() < 0.3
-    asked = (
-        files("one", "low"),
-        files("two", "low"),
-        files("one", "high"),
-        (*files("one", "low")[:2], ("series", wave(2, 48))),
-    )
-    logits = [
-        model([data_records.question(model, "<series><image><audio>\nBoth?", media)])[0][0, -1] for media in asked
-    ]
+    logits = []
+    for number, tone, phase in (("one", "low", 1), ("two", "low", 1), ("one", "high", 1), ("one", "low", 2)):
+        files = [("image", tmp_path / f"{number}.png"), ("audio", tmp_path / f"{tone}.wav")]
+        asked = data_records.question(model, prompt, [*files, ("series", wave(phase, 48))])
+        logits.append(model([asked])[0][0, -1])
     assert all(distance(other, logits[0]) > 1e-4 for other in logits[1:])
-    (tmp_path / "x.csv").write_text("y\n" + "".join(f"{y}\n" for y in wave(1, 48)))
-    asked = [
-        f"--out_dir={out}",
-        *(
-            f"--{kind}={tmp_path / name}"
-            for kind, name in dict(image="three.png", audio="high.wav", series="x.csv").items()
-        ),
-    ]
-    assert said(sample.main, *asked, "--prompt=<series><image><audio>\nBoth?").strip() == "three high"
+    files = dict(image=tmp_path / "three.png", audio=tmp_path / "high.wav")
+    files["series"] = csv(tmp_path / "x.csv", "y", wave(1, 48))
+    asked = [f"--{kind}={path}" for kind, path in files.items()]
+    assert said(sample.main, f"--out_dir={out}", *asked, f"--prompt={prompt}").strip() == "three high"
 
 
-def test_a_model_learns_to_forecast(forecaster):
-    folder, words, wave = forecaster
+def test_a_model_learns_to_forecast(forecaster, tmp_path):
+    """Against the sine itself; sample.py prints model.forecast in each column's units."""
+    out, words, table, model = forecaster
     assert "held-out loss 0.0" in words and "--series=NUMBERS.csv" in words.splitlines()[-1]
-    y = load(folder / "out" / "ckpt.pt").forecast([wave(0.2, 100)])[0]
+    y = model.forecast([wave(0.2, 100)])[0]
     assert (y - torch.tensor(wave(0.2, 108)[100:])).abs().mean() < 0.25
-    said(
-        sample.main,
-        f"--out_dir={folder / 'out'}",
-        f"--series={folder / 'x.csv'},{folder / 'x.csv'}#a",
-        f"--plot={folder / 'x.png'}",
-    )
-    b, a = said(
-        sample.main, f"--out_dir={folder / 'out'}", f"--series={folder / 'x.csv'},{folder / 'x.csv'}#a"
-    ).splitlines()
-    assert [float(x) for x in b.split()[1:]] == pytest.approx(y.tolist(), rel=1e-4)
-    assert [float(x) for x in a.split()[1:]] == pytest.approx((10 * y).tolist(), rel=1e-4)
-    with Image.open(folder / "x.png") as image:
+    printed = said(sample.main, f"--out_dir={out}", f"--series={table},{table}#a", f"--plot={tmp_path / 'x.png'}")
+    b, a = ([float(x) for x in line.split()[1:]] for line in printed.splitlines())
+    assert b == pytest.approx(y.tolist(), rel=1e-4) and a == pytest.approx((10 * y).tolist(), rel=1e-4)
+    with Image.open(tmp_path / "x.png") as image:
         assert image.format == "PNG" and min(image.size) > 300
 
 
-def test_series_settings_that_cannot_be():
-    changes = (
-        ({"series_stride": 9}, "series_kernel=6"),
-        ({"series_kernel": 60}, "48 vectors"),
-        ({"series_encoder": "x"}, "none, wavenet, timer"),
-    )
-    for change, words in changes:
-        assert words in refusal(ModRWKV, dataclasses.replace(SMALL, **change))
-
-
 def test_word_and_character_errors():
+    """7 words: one substituted, one missing, one too many; of 25 characters w, three, and an a."""
     pairs = [("Four zero, seven!", "four zero seven"), ("one too", "one two three"), ("a b", "b"), ("anything", "...")]
-    got = data_scores.errors(
-        pairs
-    )  # 7 words: one substituted, one missing, one too many; of 24 characters w, three, and an a
-    assert got == {"wer": 3 / 7, "cer": pytest.approx(7 / 25), "substitutions": 1, "deletions": 1, "insertions": 1}
+    counts = {"substitutions": 1, "deletions": 1, "insertions": 1}
+    assert data_scores.errors(pairs) == {"wer": 3 / 7, "cer": pytest.approx(7 / 25), **counts}
     assert data_scores.errors([("x", "?!")])["wer"] == 1 and data_scores.errors([("a", "!")]) == {}
     record = talk("<audio>", "one two three", audio="x.wav", task="speech")
     scores = data_scores.score([record, talk("q", "a", task="other")], ["one too", "a"])
     assert scores["tasks"]["speech"]["wer"] == 2 / 3 and "wer" not in scores["tasks"]["other"]
 
 
-def test_the_benchmark_is_every_window_of_the_test_split(forecaster):
-    folder, _, wave = forecaster
-    rng = np.random.RandomState(0)
-    x = np.stack([10 * np.array(wave(1, 400)), rng.randn(400).cumsum()], 1)
-    (folder / "data.csv").write_text(
-        "date,a,b\n" + "".join(f"d{i},{a!r},{b!r}\n" for i, (a, b) in enumerate(x.tolist()))
-    )
-    scores = json.loads(
-        said(sample.main, f"--out_dir={folder / 'out'}", f"--eval={folder / 'data.csv'}").splitlines()[-1]
-    )
-    model = load(folder / "out" / "ckpt.pt")
+def test_the_benchmark_is_every_window_of_the_test_split(forecaster, tmp_path):
+    """Against numpy, window by window."""
+    out, _, _, model = forecaster
+    x = np.stack([10 * np.array(wave(1, 400)), np.random.RandomState(0).randn(400).cumsum()], 1)
+    table = csv(tmp_path / "data.csv", "date,a,b", [f"d{i}" for i in range(400)], *x.T.tolist())
+    scores = json.loads(said(sample.main, f"--out_dir={out}", f"--eval={table}").splitlines()[-1])
     z = (x - x[:280].mean(0)) / x[:280].std(0)
-    windows = [z[i : i + 56, c] for c in range(2) for i in range(320 - 48, 400 - 56 + 1)]
+    windows = np.stack([z[i : i + 56, c] for c in range(2) for i in range(320 - 48, 400 - 56 + 1)])
     assert scores["windows"] == len(windows) == 146
-    naive = {
-        "repeat the last point": lambda w: w[47],
-        "repeat the last 24": lambda w: w[24:32],
-        "mean of the lookback": lambda w: w[:48].mean(),
+    guesses = {
+        "repeat the last point": windows[:, 47:48],
+        "repeat the last 24": windows[:, 24:32],
+        "mean of the lookback": windows[:, :48].mean(1, keepdims=True),
     }
-    for name, guess in naive.items():
-        assert scores[name]["mse"] == pytest.approx(np.mean([(w[48:] - guess(w)) ** 2 for w in windows]), rel=1e-6)
-        assert scores[name]["mae"] == pytest.approx(np.mean([np.abs(w[48:] - guess(w)) for w in windows]), rel=1e-6)
+    for name, guess in guesses.items():
+        error = windows[:, 48:] - guess
+        assert scores[name] == pytest.approx({"mse": (error**2).mean(), "mae": np.abs(error).mean()}, rel=1e-6)
     ahead = model.forecast([torch.from_numpy(w[:48]) for w in windows], scale=1.0).numpy()
-    assert scores["mse"] == pytest.approx(np.mean([(w[48:] - y) ** 2 for w, y in zip(windows, ahead)]), rel=1e-4)
-    (folder / "short.csv").write_text("a\n" + "1\n2\n" * 10)
-    assert "too few" in refusal(sample.main, [f"--out_dir={folder / 'out'}", f"--eval={folder / 'short.csv'}"])
+    assert scores["mse"] == pytest.approx(np.mean((windows[:, 48:] - ahead) ** 2), rel=1e-4)
+    short = csv(tmp_path / "short.csv", "a", [1, 2] * 10)
+    assert "too few" in refusal(sample.main, [f"--out_dir={out}", f"--eval={short}"])
 
 
 ETT = REPO.parent / "shared/data/ett/ETTh1.csv"
 
 
 @pytest.mark.skipif(not ETT.exists(), reason="ETTh1.csv is not at hand")
-def test_the_naive_forecasts_of_etth1_are_those_that_are_published():
-    scores = json.loads(
-        said(lambda argv: print(json.dumps(data_scores.benchmark(Naive(), str(ETT), 1024))), "").splitlines()[-1]
-    )
+def test_naive_forecasts_of_etth1():
+    """Against the published mean squared errors."""
+    forecast = Mock(side_effect=lambda x, scale: x[:, -1:].expand(-1, 96))
+    naive = SimpleNamespace(config=Config(), encoder={"series"}, forecast=forecast)
+    scores = data_scores.benchmark(naive, str(ETT), 1024)
+    published = {"repeat the last point": 1.2944, "repeat the last 24": 0.5122, "mean of the lookback": 0.7217}
+    assert {name: round(scores[name]["mse"], 4) for name in published} == published
     assert scores["windows"] == 7 * 2785
-    known = {"repeat the last point": 1.2944, "repeat the last 24": 0.5122, "mean of the lookback": 0.7217}
-    assert {name: round(scores[name]["mse"], 4) for name in known} == known
-
-
-class Naive:
-    config, encoder = Config(), {"series"}
-    forecast = staticmethod(lambda x, scale: x[:, -1:].expand(-1, 96))
 
 
 def test_the_last_line_names_the_next_command(trained, counting):
+    """Against the answer to the first held-out record."""
     out, words, model = trained
     command = shlex.split(words.splitlines()[-1])
     assert command[:3] == ["python", "sample.py", f"--out_dir={out}"]
-    question = data_records.question(
-        model, "<image>\nHow many?", [("image", counting[0].parent / "1.png")]
-    )  # of the first held-out record
+    question = data_records.question(model, "<image>\nHow many?", [("image", counting[0].parent / "1.png")])
     assert said(sample.main, *command[2:]).strip() == "".join(answer(model, question)[0]).strip()
 
 
-def test_what_to_ask_next(tmp_path):
-    at = lambda **record: dict(record, _folder=os.path.join(os.getcwd(), "x"))
-    assert (
-        data_records.sample_command(at(text="a")).startswith("--raw ")
-        and data_records.sample_command(at(target=[1, 2])) == "--series=NUMBERS.csv"
-    )
-    assert data_records.sample_command(at(**talk("<audio>", "a", audio="y z.wav"))) == "--audio='x/y z.wav'"
-    two = talk(
-        "<image> and <audio><image>: what's that?",
-        "a",
-        "<image>?",
-        "b",
-        image=["1.png", "2.png", "3.png"],
-        audio="a.wav",
-    )
-    assert shlex.split(data_records.sample_command(at(**two))) == [
-        "--image=x/1.png,x/2.png",
-        "--audio=x/a.wav",
-        "--prompt=<image> and <audio><image>: what's that?",
-    ]
-    assert (
-        data_records.sample_command(at(**talk("<series>\nUp?", "a", series=[1, 2])))
-        == "--series=NUMBERS.csv --prompt='Up?'"
-    )
+# fmt: off
+@pytest.mark.parametrize("record, flags", [
+    (dict(text="a"), ["--raw", "--temperature=0.8"]),
+    (dict(target=[1, 2]), ["--series=NUMBERS.csv"]),
+    (talk("<audio>", "a", audio="y z.wav"), ["--audio=x/y z.wav"]),
+    (talk("<series>\nUp?", "a", series=[1, 2]), ["--series=NUMBERS.csv", "--prompt=Up?"]),
+    (talk("<image> and <audio><image>: what's that?", "a", "<image>?", "b", image=["1", "2", "3"], audio="a"),
+     ["--image=x/1,x/2", "--audio=x/a", "--prompt=<image> and <audio><image>: what's that?"]),
+])
+# fmt: on
+def test_sample_command(record, flags):
+    """Against what a shell makes of it."""
+    record = dict(record, _folder=os.path.join(os.getcwd(), "x"))
+    assert shlex.split(data_records.sample_command(record)) == flags
 
 
 def test_a_second_run_does_not_touch_the_first(trained, counting):
+    """Against the files before."""
     out = trained[0]
     before = contents(out)
     message = refusal(train.main, [*TINY, f"--data={counting[0]}", "--max_steps=1", f"--out_dir={out}"])
@@ -4421,38 +4331,28 @@ def test_a_second_run_does_not_touch_the_first(trained, counting):
     assert contents(out) == before
 
 
-def test_a_language_model_is_given_the_eyes_that_suit_the_data(trained, counting, tmp_path, monkeypatch):
-    """Those of a model that sees already stay as they are."""
-    suited = ["image_encoder", "image_height", "patch_height", "conv_kernel", "prompt_style", "n_layer"]
+def test_a_language_model_is_given_the_encoder_of_the_presets(trained, counting, tmp_path, monkeypatch):
+    """Against the presets; the encoder of a model that sees already stays as it is."""
+    names = ["image_encoder", "image_height", "patch_height", "conv_kernel", "prompt_style", "n_layer"]
     flags = "--image_height=16 --patch_height=16 --conv_kernel=0 --prompt_style=last --n_layer=7"
     monkeypatch.setattr(train, "presets", lambda data: flags)
     save(tmp_path / "lm.pt", ModRWKV(Config(n_layer=1, n_embd=64, image_encoder="none")))
-    small = lambda out: [getattr(load(tmp_path / out).config, name) for name in suited]
-    learn(
-        tmp_path / "a",
-        counting,
-        f"--init_from={tmp_path / 'lm.pt'}",
-        "--n_layer=1",
-        "--head_size=64",
-        "--conv_kernel=2",
-        "--max_steps=1",
-    )
-    assert small("a") == ["patch", 16, 16, 2, "last", 1]
-    learn(tmp_path / "b", counting, f"--init_from={trained[0] / 'ckpt.pt'}", "--max_steps=1")
-    assert small("b") == [getattr(trained[2].config, name) for name in suited] != small("a")
+    found = []
+    seeing = "--n_layer=2", "--head_size=32"
+    blind = "--n_layer=1", "--head_size=64", "--conv_kernel=2"
+    for path, more in ((tmp_path / "lm.pt", blind), (trained[0], seeing)):
+        out = tmp_path / str(len(found))
+        learn(out, (counting[0], counting[1]), f"--init_from={path}", *more, "--max_steps=1")
+        found.append([getattr(load(out).config, name) for name in names])
+    assert found == [["patch", 16, 16, 2, "last", 1], [getattr(trained[2].config, name) for name in names]]
+    assert found[0] != found[1]
 
 
 @pytest.mark.parametrize("phase", ["adapter", "all"])
 def test_phases(phase, counting, trained, tmp_path):
-    """What a phase trains, from the weights and with the batch that it should begin with."""
-    learn(
-        tmp_path,
-        counting,
-        f"--init_from={trained[0] / 'ckpt.pt'}",
-        f"--phase={phase}",
-        "--warmup_steps=0",
-        "--max_steps=3",
-    )
+    """Which tensors a phase changes; the first loss is that of the model it starts from, on the first batch."""
+    flags = (f"--init_from={trained[0] / 'ckpt.pt'}", f"--phase={phase}", "--warmup_steps=0", "--max_steps=3")
+    learn(tmp_path, counting, *flags)
     before, after = kept(trained[0]), kept(tmp_path)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in after if phase == "all" or name.startswith(("encoder.", "adapter."))}
@@ -4460,55 +4360,28 @@ def test_phases(phase, counting, trained, tmp_path):
     assert column(tmp_path, "loss")[0] == pytest.approx(trained[2].loss(first).item(), rel=1e-5)
 
 
-def test_another_seed_is_another_model(counting, tmp_path):
+def test_seed_and_gradient_clipping(counting, tmp_path):
+    """Another seed is another model; AdamW's first average is a tenth of the first gradient, clipped."""
     for seed in "12":
-        learn(tmp_path / seed, (counting[1], counting[1]), "--max_steps=1", f"--seed={seed}")
+        learn(tmp_path / seed, (counting[1], counting[1]), "--max_steps=1", f"--seed={seed}", "--grad_clip=0.5")
     assert distance(kept(tmp_path / "1")["head.weight"], kept(tmp_path / "2")["head.weight"]) > 0.5
-
-
-def test_the_gradient_is_clipped(counting, tmp_path):
-    """As AdamW's first average shows, a tenth of the first gradient."""
-    learn(tmp_path, (counting[1], counting[1]), "--max_steps=1", "--grad_clip=0.5")
-    averages = [x["exp_avg"].norm().item() for x in kept(tmp_path, "optimizer")["state"].values()]
-    assert column(tmp_path, "grad_norm")[0] > 0.5 and math.hypot(*averages) == pytest.approx(0.05, rel=1e-4)
-
-
-def test_every_twentieth_record_is_held_out(tmp_path):
-    data = jsonl(tmp_path / "a.jsonl", *({"text": f"text {i}"} for i in range(21)))
-    words = said(train.main, *TINY, f"--data={data}", f"--out_dir={tmp_path}", "--max_steps=1")
-    assert " 19 records to learn from" in words and " 2 held out" in words
-
-
-def test_bfloat16_trains_like_float32(counting, tmp_path):
-    for dtype in ("float32", "bfloat16"):
-        learn(tmp_path / dtype, counting, f"--dtype={dtype}", "--max_steps=6", "--warmup_steps=3")
-        assert {x.dtype for x in kept(tmp_path / dtype).values()} == {torch.float32}
-    one, other = (column(tmp_path / dtype, "loss") for dtype in ("float32", "bfloat16"))
-    assert one != other and one == pytest.approx(other, rel=0.02)
-
-
-PLAY = "".join(f"ROMEO:\nLine {i} of a play, naïve — and so it goes.\n\n" for i in range(120))
+    averages = [x["exp_avg"].norm().item() for x in kept(tmp_path / "1", "optimizer")["state"].values()]
+    assert column(tmp_path / "1", "grad_norm")[0] > 0.5 and math.hypot(*averages) == pytest.approx(0.05, rel=1e-4)
 
 
 def test_text_alone(tmp_path):
     """As a user does it, in a copy of the repository, for --data=shakespeare is prepared beside train.py."""
+    play = "".join(f"ROMEO:\nLine {i} of a play, naïve — and so it goes.\n\n" for i in range(120))
     folder, out = tmp_path / "data/shakespeare", tmp_path / "plays"
     folder.mkdir(parents=True)
     for path in (*REPO.glob("*.py"), *REPO.glob("*.cu"), *REPO.glob("data/*.py"), REPO / "data/shakespeare/prepare.py"):
         shutil.copy(path, tmp_path / path.relative_to(REPO))
-    (folder / "tinyshakespeare.txt").write_text(PLAY, encoding="utf-8")  # so nothing is downloaded
-    flags = (
-        "--data=shakespeare",
-        "--out_dir=plays",
-        "--max_steps=30",
-        "--ctx_len=32",
-        "--warmup_steps=5",
-        "--learning_rate=5e-3",
-    )
-    result = run(["train.py", *TINY, *flags], cwd=tmp_path)
+    (folder / "tinyshakespeare.txt").write_text(play, encoding="utf-8")  # so nothing is downloaded
+    flags = "--data=shakespeare --out_dir=plays --max_steps=30 --ctx_len=32 --warmup_steps=5 --learning_rate=5e-3"
+    result = run(["train.py", *TINY, *flags.split()], cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     [first], [last] = (read_records(folder / f"{name}.jsonl") for name in ("train", "val"))
-    assert first["text"] + last["text"] == PLAY and len(first["text"]) == int(0.9 * len(PLAY))
+    assert first["text"] + last["text"] == play and len(first["text"]) == int(0.9 * len(play))
     curve = column(out, "loss")
     assert len(curve) == 30 and sum(curve[-5:]) < 0.7 * sum(curve[:5])
     assert not [name for name in kept(out) if name.startswith(("encoder.", "adapter."))]
@@ -4521,26 +4394,26 @@ def test_text_alone(tmp_path):
 
 @pytest.fixture(scope="session")
 def whole(digits):
-    """(out_dir, data, flags but for save_interval) of a run that nobody interrupts; two records take little time to score."""
+    """(out_dir, flags but for out_dir and save_interval) of a run that nobody interrupts; two records are held out."""
     two = digits.parent / "two.jsonl"
     jsonl(two, *(r | {"image": str(digits / r["image"])} for r in read_records(digits / "val.jsonl")[:2]))
-    data, flags = (
-        (digits / "train.jsonl", two),
-        ("--max_steps=30", "--grad_accum=2", "--level_steps=8", "--warmup_steps=5"),
-    )
-    flags += ("--lr_final=1e-4", "--eval_interval=12", "--optimizer=muon")  # and AdamW for the rest
-    learn(digits.parent / "whole", data, *flags, "--save_interval=5")
-    return digits.parent / "whole", data, flags
+    flags = "--max_steps=30 --grad_accum=2 --level_steps=8 --warmup_steps=5 --lr_final=1e-4 --eval_interval=12"
+    flags = (*TINY, f"--data={digits / 'train.jsonl'}", f"--val_data={two}", *flags.split(), "--optimizer=muon")
+    out = digits.parent / "whole"
+    said(train.main, *flags, f"--out_dir={out}", "--save_interval=5")
+    return out, flags
 
 
 def stop_at(step, how, out, *flags):
-    """Starts train.py and sends it a signal as soon as the log of `out` says that `step` is done; returns what it has said."""
+    """Sends train.py a signal as soon as the log of `out` says that `step` is done; returns what it has said."""
     command = [sys.executable, str(REPO / "train.py"), *flags, f"--out_dir={out}"]
-    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background ignores it
-    process = subprocess.Popen(
+
+    def heed():  # what a shell starts in the background ignores it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(
         command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=heed
-    )
-    try:
+    ) as process:
         done = 0
         while done < step and process.poll() is None:
             time.sleep(0.002)
@@ -4549,77 +4422,67 @@ def stop_at(step, how, out, *flags):
                 done = json.loads(lines[-1])["step"] if lines else 0
         process.send_signal(how)
         words, _ = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130}[how], (
-        words
-    )  # or it ended by itself
+    assert process.returncode == {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130}[how], words
     return words
 
 
+def same_log(a, b):
+    """Whether two runs have the same losses, gradients and scores to the last bit, and each step once."""
+    return all(column(a, key) == column(b, key) for key in ("step", "loss", "grad_norm", "tokens", "val_loss", "exact"))
+
+
 def assert_same_run(a, b):
-    for key in ("step", "loss", "val_loss", "exact"):
-        assert column(a, key) == column(b, key)  # to the last bit, and each step once
+    assert same_log(a, b)
     a, b = kept(a), kept(b)
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_interrupted_before_the_first_checkpoint(whole, tmp_path):
-    out, data = tmp_path / "out", whole[1]
-    words = stop_at(
-        3, signal.SIGINT, out, *TINY, f"--data={data[0]}", f"--val_data={data[1]}", *whole[2], "--save_interval=25"
-    )
+    """Against the uninterrupted run: begun afresh, and what the log said is forgotten."""
+    out = tmp_path / "out"
+    words = stop_at(3, signal.SIGINT, out, *whole[1], "--save_interval=25")
     assert "Traceback" not in words and "--resume" not in words  # no advice that cannot be followed
     assert str(out / "ckpt.pt") in refusal(train.main, ["--resume", f"--out_dir={out}"])
-    learn(out, data, *whole[2], "--save_interval=25")  # afresh, and what the log said is forgotten
+    said(train.main, *whole[1], f"--out_dir={out}", "--save_interval=25")
     assert_same_run(out, whole[0])
 
 
 def test_interrupted_killed_and_resumed(whole, tmp_path):
-    out, data = tmp_path / "out", whole[1]
-    words = stop_at(
-        7, signal.SIGINT, out, *TINY, f"--data={data[0]}", f"--val_data={data[1]}", *whole[2], "--save_interval=5"
-    )
+    """Against the uninterrupted run; the kill tears a line of the log and leaves half a checkpoint."""
+    out = tmp_path / "out"
+    words = stop_at(7, signal.SIGINT, out, *whole[1], "--save_interval=5")
     assert "Traceback" not in words and f"--out_dir={out} --resume" in words
     stop_at(18, signal.SIGKILL, out, "--resume")
     with open(out / "log.jsonl", "a") as f:
-        f.write('{"step": 5, "lo')  # a line that the kill tore
+        f.write('{"step": 5, "lo')
     (out / "ckpt.pt.partial").write_bytes(b"half a checkpoint")
     assert re.search(r"from step (15|20|25)\b", said(train.main, "--resume", f"--out_dir={out}"))
     assert_same_run(out, whole[0])
     assert sorted(p.name for p in out.iterdir()) == ["ckpt.pt", "log.jsonl", "loss.png"]
 
 
-def test_resume_keeps_the_settings_and_refuses_another_model(whole, tmp_path):
-    out = tmp_path / "more"
+def test_resume_scores_again_and_goes_on_with_the_same_settings(whole, tmp_path):
+    """Killed while it was scored a run is scored; it refuses another model, and takes more steps."""
+    out = tmp_path / "out"
     shutil.copytree(whole[0], out)
-    assert "n_embd=64" in refusal(train.main, ["--resume", f"--out_dir={out}", "--n_embd=128"]) and contents(
-        out
-    ) == contents(whole[0])
+    assert "n_embd=64" in refusal(train.main, ["--resume", f"--out_dir={out}", "--n_embd=128"])
+    assert contents(out) == contents(whole[0])
+    *steps, _ = (out / "log.jsonl").read_text().splitlines(keepends=True)
+    (out / "log.jsonl").write_text("".join(steps) + '{"step": 30, "val')
+    said(train.main, "--resume", f"--out_dir={out}")
+    assert_same_run(out, whole[0])
+    assert "30 steps" in refusal(train.main, ["--resume", f"--out_dir={out}"])
     said(train.main, "--resume", f"--out_dir={out}", "--max_steps=33")
     assert column(out, "loss")[:30] == column(whole[0], "loss") and len(column(out, "loss")) == 33
     old, new = kept(whole[0], "train"), kept(out, "train")
     assert {key for key in old if old[key] != new[key]} == {"resume", "out_dir", "max_steps"}
 
 
-def test_a_run_that_was_killed_while_it_was_scored_is_scored(whole, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(whole[0], out)
-    *steps, _ = (out / "log.jsonl").read_text().splitlines(keepends=True)
-    (out / "log.jsonl").write_text("".join(steps) + '{"step": 30, "val')
-    said(train.main, "--resume", f"--out_dir={out}")
-    assert_same_run(out, whole[0])
-    assert "30 steps" in refusal(train.main, ["--resume", f"--out_dir={out}"])
-
-
 def test_the_learning_rate_of_a_run(whole):
-    """As the log says it, and as the optimizer's last step was made."""
+    """Against wsd's formula: as the log says it, and as the optimizer's last step was made."""
     peak, final = 2e-3, 1e-4
-    expected = (
-        [peak * n / 5 for n in range(1, 6)]
-        + [peak] * 10
-        + [final + (peak - final) * (1 - n / 15) for n in range(1, 16)]
-    )
+    expected = [peak * n / 5 for n in range(1, 6)] + [peak] * 10
+    expected += [final + (peak - final) * (1 - n / 15) for n in range(1, 16)]
     assert column(whole[0], "lr") == pytest.approx(expected, rel=1e-9)
     rates = [group["lr"] for group in kept(whole[0], "optimizer")["param_groups"]]
     assert rates == pytest.approx([final, 2 * final, final, final], rel=1e-9)
@@ -4635,48 +4498,46 @@ def complaint(result):
 
 def test_disk_full(counting, tmp_path):
     """Much as it is when a file may hold so many bytes only (Python ignores SIGXFSZ)."""
-    out, limit = tmp_path / "out", lambda size: lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    out = tmp_path / "out"
+
+    def limited(size, *flags):
+        limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
+        return complaint(run([REPO / "train.py", "--num_workers=0", *flags], cwd=tmp_path, preexec_fn=limit))
+
     learn(out, counting, "--max_steps=2")
     before = contents(out)["ckpt.pt"]
-    message = complaint(
-        run(
-            [REPO / "train.py", "--resume", "--max_steps=4", "--num_workers=0"], cwd=tmp_path, preexec_fn=limit(200_000)
-        )
-    )
+    message = limited(200_000, "--resume", "--max_steps=4")
     assert "ckpt.pt" in message and re.search("disk|space|large", message)
     assert contents(out)["ckpt.pt"] == before and len(before) > 500_000 and not list(out.glob("*.partial"))
     said(train.main, "--resume", "--max_steps=3", f"--out_dir={out}")  # with room again it goes on
     assert len(column(out, "loss")) == 3
-    flags = [*TINY, f"--data={counting[0]}", f"--val_data={counting[1]}", "--out_dir=other", "--num_workers=0"]
-    assert "log.jsonl" in complaint(run([REPO / "train.py", *flags], cwd=tmp_path, preexec_fn=limit(100)))
+    data = f"--data={counting[0]}", f"--val_data={counting[1]}"
+    assert "log.jsonl" in limited(100, *TINY, *data, "--out_dir=other")
 
 
 @pytest.fixture(scope="session")
 def unequal(tmp_path_factory):
-    """(out_dir, data, flags) of a run of one process without micro-batches. Its answers have 1 or 40 characters, with
-    pictures, without, and text, all in sequences of any length, so that a batch has some of each."""
+    """(out_dir, data, flags, what was said) of a run of one process without micro-batches. Its answers have 1 or 40
+    characters, with pictures, without, and text, all in sequences of any length: a batch has some of each. With the
+    default epsilon AdamW makes a whole step of a gradient that rounds to nothing, in a direction of chance."""
     folder = tmp_path_factory.mktemp("unequal")
     rng, records = random.Random(0), []
     for i in range(48):
         letter, question = chr(97 + i % 8), "x" * rng.randint(1, 80)
         answer = letter * rng.choice((1, 40))
         bars(folder / f"{i}.png", i % 8 + 1)
-        seen, plain = (
-            talk(f"<image>{question}", answer, image=f"{i}.png"),
-            {"text": letter * len(question), "conversations": None},
-        )
+        seen = talk(f"<image>{question}", answer, image=f"{i}.png")
+        plain = {"text": letter * len(question), "conversations": None}
         records.append(rng.choice((seen, talk(question, answer), talk(question, answer), plain)))
     (folder / "a.json").write_text(json.dumps(records))
     data = folder / "a.json", jsonl(folder / "val.jsonl", *records[:3], {"text": "hold me"})
-    flags = ("--batch_size=16", "--max_steps=20", "--warmup_steps=4")
-    learn(folder / "out", data, *flags)
-    return folder / "out", data, flags
+    flags = ("--batch_size=16", "--max_steps=20", "--warmup_steps=4", "--adam_eps=1e-6")
+    return folder / "out", data, flags, learn(folder / "out", data, *flags)
 
 
 def assert_equal_runs(a, b):
-    for key, tolerance in dict(
-        loss={"abs": 1e-5}, val_loss={"abs": 1e-5}, grad_norm={"rel": 1e-4}, tokens={"abs": 0}
-    ).items():
+    assert column(a, "tokens") == column(b, "tokens")
+    for key, tolerance in dict(loss={"abs": 1e-5}, val_loss={"abs": 1e-5}, grad_norm={"rel": 1e-4}).items():
         assert column(a, key) == pytest.approx(column(b, key), **tolerance) and column(a, key)
 
 
@@ -4687,123 +4548,95 @@ def micro_batches(path, rank, world, grad_accum):
 
 
 def test_micro_batches_change_nothing(unequal, tmp_path):
-    out, data, flags = unequal
+    """Against the run without; a mean of their means would be another loss."""
+    out, data, flags, _ = unequal
     counts = [[len(batch.n_targets) for batch in micro] for micro in micro_batches(data[0], 0, 1, 4)]
-    assert max(max(c) / min(c) for c in counts) > 3  # a mean of their means would be another loss
+    assert max(max(c) / min(c) for c in counts) > 3
     learn(tmp_path, data, *flags, "--grad_accum=4")
     assert_equal_runs(tmp_path, out)
 
 
 def two_processes(out, data, *flags):
-    command = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        REPO / "train.py",
-        *TINY,
-        "--grad_accum=2",
-        *flags,
-    ]
-    result = run([*command, f"--data={data[0]}", f"--val_data={data[1]}", f"--out_dir={out}"], cwd=out.parent)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", REPO / "train.py")
+    data = f"--data={data[0]}", f"--val_data={data[1]}", f"--out_dir={out}"
+    result = run([*torchrun, *TINY, "--grad_accum=2", *flags, *data], cwd=out.parent)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("2 processes") == result.stdout.count("held-out loss") == 1  # one process speaks
 
 
-@pytest.mark.parametrize("eps", [1e-18, 1e-6])
 @pytest.mark.parametrize("how", ["--shard=False", "--shard"])
-def test_two_processes_change_nothing(how, eps, unequal, tmp_path):
-    """Whether each has all the weights or its part of them. With the default epsilon AdamW makes a whole step of a gradient that rounds
-    to nothing, in a direction of chance: so each tensor is compared with a larger one, and all of them together with both."""
-    one, data, flags = unequal
-    pictured = lambda batch: "image" in batch.media
-    seen = [[list(map(pictured, micro)) for micro in micro_batches(data[0], rank, 2, 2)] for rank in (0, 1)]
+def test_two_processes_change_nothing(how, unequal, tmp_path):
+    """Against one process, tensor by tensor, whether each has all the weights or its part of them."""
+    one, data, flags, _ = unequal
+    seen = []
+    for rank in (0, 1):
+        seen.append([["image" in batch.media for batch in x] for x in micro_batches(data[0], rank, 2, 2)])
     assert any(a[-1] != b[-1] for a, b in zip(*seen))  # one process without a picture while the other has some
     assert [True, False] in seen[0] + seen[1]  # and pictures that only a micro-batch before the exchange has seen
-    if eps != train.Train.adam_eps:
-        flags, one = (*flags, f"--adam_eps={eps}"), tmp_path / "one"
-        learn(one, data, *flags)
     two_processes(tmp_path / "two", data, *flags, how)
     assert_equal_runs(tmp_path / "two", one)
     two, one = kept(tmp_path / "two"), kept(one)
     assert distance(*(torch.cat([model[name].flatten() for name in one]) for model in (two, one))) < 1e-4
-    assert eps == train.Train.adam_eps or all(distance(two[name], one[name]) < 2e-4 for name in one)
+    assert all(distance(two[name], one[name]) < 2e-4 for name in one)
 
 
-@pytest.mark.parametrize("phase, optimizer", [("all", "adamw"), ("all", "muon"), ("adapter", "adamw")])
+@pytest.mark.parametrize("phase, optimizer", [("all", "muon"), ("all", "adamw"), ("adapter", "adamw")])
 def test_one_process_goes_on_with_shards_and_two_with_the_whole(phase, optimizer, unequal, tmp_path):
-    """Muon rounds its steps to bfloat16."""
-    _, data, flags = unequal
-    flags = (*flags, "--schedule=constant", "--checkpoint_activations", f"--optimizer={optimizer}")
+    """Against one run of one process. Muon rounds its steps to bfloat16."""
+    data, out, flags = unequal[1], tmp_path / "parts", unequal[2]
+    flags += ("--schedule=constant", "--warmup_steps=10", "--checkpoint_activations", f"--optimizer={optimizer}")
     if phase == "adapter":  # of a model that says something: as it starts, its blocks pass nothing on
         save(tmp_path / "lm.pt", randomise(ModRWKV(Config(n_layer=2, n_embd=64, head_size=32, image_encoder="none"))))
-        flags = (*flags, "--phase=adapter", f"--init_from={tmp_path / 'lm.pt'}", "--image_encoder=patch")
+        flags += ("--phase=adapter", f"--init_from={tmp_path / 'lm.pt'}", "--image_encoder=patch")
     assert "several processes" in refusal(learn, tmp_path / "no", data, "--shard")
-    learn(tmp_path / "whole", data, *flags)
+    learn(tmp_path / "whole", data, *flags, "--max_steps=10")
     if phase == "all":
-        two_processes(tmp_path / "parts", data, *flags, "--max_steps=8", "--shard")
-        learn(tmp_path / "parts", data, *flags, "--resume")
+        two_processes(out, data, *flags, "--max_steps=5", "--shard")
+        learn(out, data, *flags, "--max_steps=10", "--resume")
     else:
-        learn(tmp_path / "parts", data, *flags, "--max_steps=8")
-        two_processes(tmp_path / "parts", data, *flags, "--resume", "--shard")
+        learn(out, data, *flags, "--max_steps=5")
+        two_processes(out, data, *flags, "--max_steps=10", "--resume", "--shard")
+    rel = 5e-3 if optimizer == "muon" else 1e-4
     for key in ("loss", "grad_norm"):
-        assert column(tmp_path / "parts", key) == pytest.approx(
-            column(tmp_path / "whole", key), rel=5e-3 if optimizer == "muon" else 1e-4
-        )
+        assert column(out, key) == pytest.approx(column(tmp_path / "whole", key), rel=rel)
     if optimizer == "adamw":
-        assert column(tmp_path / "parts", "val_loss")[-1] == pytest.approx(
-            column(tmp_path / "whole", "val_loss")[-1], abs=1e-5
-        )
-
-
-def same_log(a, b):
-    """Whether two runs have the same losses, gradients and scores to the last bit."""
-    return all(column(a, key) == column(b, key) for key in ("step", "loss", "grad_norm", "tokens", "val_loss"))
+        assert column(out, "val_loss")[-1] == pytest.approx(column(tmp_path / "whole", "val_loss")[-1], abs=1e-5)
 
 
 def test_the_trial_of_memory_changes_nothing(unequal, tmp_path, monkeypatch):
-    """Against a run without it, bit for bit; and it takes the longest records of all, not of the first batches."""
-    out, data, flags = unequal
-    seen = []
-    longest = train.Batches.longest
-
-    def recorded(batches):
-        seen.append(longest(batches).lengths.tolist())
-        return longest(batches)
-
-    monkeypatch.setattr(train.Batches, "longest", recorded)
-    said_memory = learn(tmp_path / "with", data, *flags)
-    monkeypatch.setattr(train, "try_longest", lambda *_: "no trial")
-    learn(tmp_path / "without", data, *flags)
-    assert same_log(tmp_path / "with", tmp_path / "without")
-    assert re.search(r"memory: .* [0-9.]+ GiB", said_memory)
-    batches = train.Batches(read_records(data[0]), train.Train(batch_size=16), load(out))
-    lengths = [n for step in range(12) for n in batches[step][0].lengths.tolist()]
-    assert len(seen) == 1 and len(seen[0]) == 16 and max(seen[0]) == max(lengths)
+    """Against a run without it, bit for bit; it takes the longest records of all, not of the first batches."""
+    out, data, flags, words = unequal
+    assert re.search(r"memory: .* [0-9.]+ GiB", words)
+    trial = Mock(return_value="no trial")
+    monkeypatch.setattr(train, "try_longest", trial)
+    learn(tmp_path, data, *flags)
+    assert same_log(tmp_path, out)
+    [[_, batches, *_], _] = trial.call_args
+    longest = batches.longest().lengths.tolist()
+    assert len(longest) == 16 and max(longest) == max(max(batches[step][0].lengths.tolist()) for step in range(12))
 
 
-@pytest.mark.parametrize("calls", [0, 1, 4], ids=["in the trial", "in the first step", "in a later step"])
-def test_running_out_of_memory_is_one_sentence(calls, counting, tmp_path, monkeypatch):
-    """As torch raises it on a GPU, and what the CPU's allocator says."""
-    loss = ModRWKV.loss
-    for error in (
-        torch.OutOfMemoryError("CUDA out of memory"),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
-    ):
-        left = [calls]
-
-        def fails(*args, **more):
-            left[0] -= 1
-            if left[0] < 0:
-                raise error
-            return loss(*args, **more)
-
-        monkeypatch.setattr(ModRWKV, "loss", fails)
-        message = refusal(learn, tmp_path / type(error).__name__, counting, "--max_steps=9")
-        assert all(flag in message for flag in ("--grad_accum", "--batch_size", "--checkpoint_activations", "--shard"))
+OUT_OF_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
+CANNOT_ALLOCATE = RuntimeError("DefaultCPUAllocator: can't allocate memory")
 
 
-@pytest.mark.parametrize("flag, size", [("", 2), ("--eval_batch_size=3", 3)])
+@pytest.mark.parametrize("calls, error", [(0, OUT_OF_MEMORY), (1, CANNOT_ALLOCATE), (4, OUT_OF_MEMORY)])
+def test_running_out_of_memory_is_one_sentence(calls, error, counting, tmp_path, monkeypatch):
+    """In the trial, the first step and a later one: as torch raises it on a GPU, and as the CPU's allocator does."""
+    loss, done = ModRWKV.loss, []
+
+    def fails(*args, **more):
+        done.append(1)
+        if len(done) > calls:
+            raise error
+        return loss(*args, **more)
+
+    monkeypatch.setattr(ModRWKV, "loss", fails)
+    message = refusal(learn, tmp_path, counting, "--max_steps=9")
+    assert all(flag in message for flag in ("--grad_accum", "--batch_size", "--checkpoint_activations", "--shard"))
+
+
+@pytest.mark.parametrize("flag, size", [("--eval_batch_size=0", 2), ("--eval_batch_size=3", 3)])
 def test_evaluation_takes_micro_batches_of_the_training(flag, size, counting, tmp_path, monkeypatch):
     """Counted where samples become batches, of the loss and of generation alike; autocast is the training's."""
     sizes, dtypes = [], set()
@@ -4821,22 +4654,19 @@ def test_evaluation_takes_micro_batches_of_the_training(flag, size, counting, tm
 
     monkeypatch.setattr(ModRWKV, "collate", collated)
     monkeypatch.setattr(ModRWKV, "backbone", cast)
-    flags = ("--max_steps=1", "--grad_accum=4", "--dtype=bfloat16", "--num_workers=0", *flag.split())
+    flags = ("--max_steps=1", "--grad_accum=4", "--dtype=bfloat16", "--num_workers=0", flag)
     learn(tmp_path, (counting[0], counting[0]), *flags)
     assert max(sizes) == size and dtypes == {(True, torch.bfloat16), (False, torch.bfloat16)}
+    assert {x.dtype for x in kept(tmp_path).values()} == {torch.float32}
 
 
 def test_workers_change_nothing_and_name_the_record(counting, tmp_path):
-    """Against batches prepared in the process itself, bit for bit; and killed between, against both."""
-    flags = ("--max_steps=9", "--save_interval=4", "--eval_interval=5", "--grad_accum=2")
-    for n in (0, 2):
-        learn(tmp_path / f"{n}", counting, *flags, f"--num_workers={n}")
+    """Resumed with two workers, against one run that prepares its batches itself, bit for bit."""
+    flags = ("--grad_accum=2", "--schedule=constant", "--eval_interval=4")
+    learn(tmp_path / "0", counting, *flags, "--max_steps=9", "--num_workers=0")
+    learn(tmp_path / "2", counting, *flags, "--max_steps=4", "--num_workers=2")
+    said(train.main, "--resume", f"--out_dir={tmp_path / '2'}", "--max_steps=9")
     assert same_log(tmp_path / "0", tmp_path / "2")
-    learn(tmp_path / "begun", counting, "--max_steps=4", "--grad_accum=2", "--schedule=constant", "--num_workers=2")
-    for n in (0, 2):
-        shutil.copytree(tmp_path / "begun", tmp_path / f"on{n}")
-        said(train.main, "--resume", f"--out_dir={tmp_path / f'on{n}'}", "--max_steps=9", f"--num_workers={n}")
-    assert same_log(tmp_path / "on0", tmp_path / "on2")
     bad = jsonl(tmp_path / "bad.jsonl", talk("<image>?", "a", image="gone.png"), talk("?", "a"))
     message = refusal(learn, tmp_path / "bad", (bad, counting[1]), "--max_steps=9", "--num_workers=2")
     assert "bad.jsonl, line 1" in message and "gone.png" in message
@@ -4844,166 +4674,130 @@ def test_workers_change_nothing_and_name_the_record(counting, tmp_path):
 
 def test_compiled_blocks_learn_the_same(digits, tmp_path, monkeypatch):
     """Against eager blocks; the compilations of a run with all lengths of data/digits are counted, not their speed."""
-    compile_module = torch.nn.Module.compile
-    monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda self, **how: compile_module(self, backend="aot_eager", **how)
-    )
+    compile_module, counters = torch.nn.Module.compile, torch._dynamo.utils.counters
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(compile_module, backend="eager"))
     torch._dynamo.reset()
-    counters = torch._dynamo.utils.counters
     counters.clear()
-    data, flags = (
-        (digits / "train.jsonl", digits / "train.jsonl"),
-        ("--n_layer=4", "--max_steps=24", "--eval_interval=8", "--eval_samples=4"),
-    )
+    data = digits / "train.jsonl", jsonl(tmp_path / "text.jsonl", {"text": "nothing to answer"})
+    flags = ("--max_steps=10", "--eval_interval=5", "--level_steps=0", "--num_workers=0", "--schedule=constant")
     learn(tmp_path / "eager", data, *flags)
-    learn(tmp_path / "compiled", data, *flags, "--compile", "--save_interval=12")
+    learn(tmp_path / "compiled", data, *flags, "--compile")
     assert 1 <= counters["stats"]["unique_graphs"] <= 4 and not counters["graph_break"]
     assert column(tmp_path / "compiled", "loss") == pytest.approx(column(tmp_path / "eager", "loss"), rel=1e-4)
     assert kept(tmp_path / "compiled").keys() == kept(tmp_path / "eager").keys()
-    said(train.main, "--resume", f"--out_dir={tmp_path / 'compiled'}", "--max_steps=26")
+    said(train.main, "--resume", f"--out_dir={tmp_path / 'compiled'}", "--max_steps=11")
     torch._dynamo.reset()
 
 
 def test_presets_and_settings_are_shown(counting, tmp_path, capsys):
-    """A preset belongs to its data set, however the folder is spelled; --help shows the values that a run will have."""
+    """Against PRESETS, however the folder is spelled; --help shows the values that a run will have."""
     folder = REPO / "data" / "shapes"
     spelled = {train.presets(name) for name in ("shapes", str(folder), f"{folder}/", os.path.relpath(folder))}
     assert spelled == {train.PRESETS["shapes"]} and train.presets("mine.jsonl") == ""
-    for flags in (["--data=shapes"], ["--data=digits,shapes", "--n_layer=3"]):
+    for flags in (["--data=shapes"], ["--data=digits,shapes", "--n_layer=3"], ["--data=spoken_digits,shapes"]):
         with pytest.raises(SystemExit):
             train.main([*flags, "--help"])
         words = " ".join(capsys.readouterr().out.split())
-        assert "[4000]" in words and "so many steps; 0: all at once [100]" in words.replace("each so", "so")
-    s, config, given = sample.flags(
-        "", train.Train, Config, argv=["--data=shapes", "--n_layer=5"], presets=train.presets
-    )
+        assert "optimizer steps [4000]" in words and "each so many steps; 0: all at once [100]" in words
+    argv = ["--data=shapes", "--n_layer=5"]
+    s, config, given = sample.flags("", train.Train, Config, argv=argv, presets=train.presets)
     assert (s.max_steps, config.n_layer, config.prompt_style, given) == (4000, 5, "last", {"data", "n_layer"})
     words = learn(tmp_path, counting, "--max_steps=1")
     [line] = [line for line in words.splitlines() if line.startswith("settings: ")]
     assert "--n_embd=64" in line and "--max_steps=1" in line and "--seed" not in line
 
 
-def test_a_text_file_trains_without_encoders(tmp_path):
-    """Its last twentieth is held out."""
-    text = "".join(f"{i} is a number. " for i in range(200))
-    (tmp_path / "my.txt").write_text(text)
-    words = said(train.main, *TINY, f"--data={tmp_path / 'my.txt'}", "--max_steps=2", f"--out_dir={tmp_path / 'out'}")
+def test_records_held_out_by_default(tmp_path):
+    """Every twentieth record; the last twentieth of a text, on which a model without encoders trains."""
+    records, val = data_records.read_data([jsonl(tmp_path / "a.jsonl", *({"text": f"{i}"} for i in range(21)))], [])
+    assert len(records) == 19 and [record["text"] for record in val] == ["0", "20"]
+    path, text = tmp_path / "my.txt", "".join(f"{i} is a number. " for i in range(200))
+    path.write_text(text)
+    words = said(train.main, *TINY, f"--data={path}", "--max_steps=2", f"--out_dir={tmp_path / 'out'}")
     model = load(tmp_path / "out")
     assert len(model.encoder) == 0 and model.config.image_encoder == "none"
-    records, val = data_records.read_data([str(tmp_path / "my.txt")], [])
+    records, val = data_records.read_data([str(path)], [])
     assert records[0]["text"] + val[0]["text"] == text and len(val[0]["text"]) == len(text) // 20
-    assert "1 records to learn from" in words and "--raw" in words
+    assert "1 records to learn from" in words and " 1 held out" in words and "--raw" in words
 
 
 # ---------------------------------------------------------------------------------------------- sample.py
 
 
 def test_score():
-    records = [
-        talk("q", "12", "q", " 12 ", task="read"),
-        talk("q", "7", task="read"),
-        talk("q", "yes", "q", "no", task="even"),
-    ]
-    result = data_scores.score(records, ["12", "1", "9", "yes", "nope"])
-    tasks = result.pop("tasks")
-    assert tasks["read"] == {"n": 3, "exact": 1 / 3, "chars": 3 / 5, "majority": 2 / 3}
-    assert tasks["even"] == {"n": 2, "exact": 1 / 2, "chars": 5 / 7, "majority": 1 / 2}
-    assert result == {"n": 5, "exact": 2 / 5, "chars": 8 / 12, "majority": 2 / 5}
-    assert data_scores.score([talk("q", "abc")], [""])["tasks"] == {
-        "all": {"n": 1, "exact": 0, "chars": 0, "majority": 1}
-    }
+    """Against counts by hand."""
+    read, even = dict(task="read"), dict(task="even")
+    records = [talk("q", "12", "q", " 12 ", **read), talk("q", "7", **read), talk("q", "yes", "q", "no", **even)]
+    assert data_scores.score(records, ["12", "1", "9", "yes", "nope"]) == {
+        "n": 5, "exact": 2 / 5, "chars": 8 / 12, "majority": 2 / 5,
+        "tasks": {
+            "read": {"n": 3, "exact": 1 / 3, "chars": 3 / 5, "majority": 2 / 3},
+            "even": {"n": 2, "exact": 1 / 2, "chars": 5 / 7, "majority": 1 / 2},
+        },
+    }  # fmt: skip
+    nothing = {"all": {"n": 1, "exact": 0, "chars": 0, "majority": 1}}
+    assert data_scores.score([talk("q", "abc")], [""])["tasks"] == nothing
 
 
-@pytest.mark.parametrize("how", [{}, dict(temperature=1.0, top_k=9, top_p=0.9, seed=3)], ids=str)
-def test_eval_answers_each_question(how, trained, counting):
+SAMPLINGS = [{"max_new_tokens": 30}, dict(max_new_tokens=30, temperature=1.0, top_k=9, top_p=0.9, seed=3)]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+def test_eval_answers_each_question(sampling, trained, counting):
     """In batches as one by one and without `ask`; later turns see the true earlier answers."""
     out, _, model = trained
-    records, answers, how = read_records(counting[0]), [], how | {"max_new_tokens": 30}
+    records, answers = read_records(counting[0]), []
     for r in records:
         turns = record_turns(r)
         for i in range(len(turns)):
             segments = data_records.segments(model, turns[:i] + [(turns[i][0], None)], record_media(r))
-            answers.append("".join(answer(model, segments, **how)[0]).strip())
-    assert len(set(answers)) > 2 and sample.ask(model, records, 7, **how) == answers
-    assert (sample.ask(model, records, 7, **how | {"seed": 4}) != answers) == ("seed" in how)
-    printed = said(
-        sample.main,
-        f"--out_dir={out}",
-        f"--eval={counting[0]}",
-        "--batch_size=7",
-        *(f"--{k}={v}" for k, v in how.items()),
-    )
+            answers.append("".join(answer(model, segments, **sampling)[0]).strip())
+    assert len(set(answers)) > 2 and sample.ask(model, records, 7, **sampling) == answers
+    assert (sample.ask(model, records, 7, **sampling | {"seed": 4}) != answers) == ("seed" in sampling)
+    flags = [f"--{k}={v}" for k, v in sampling.items()]
+    printed = said(sample.main, f"--out_dir={out}", f"--eval={counting[0]}", "--batch_size=7", *flags)
     assert json.loads(printed.splitlines()[-1]) == data_scores.score(records, answers)
 
 
-def test_chat_keeps_the_state(trained, counting, monkeypatch):
-    """Two questions against one pass over the whole conversation, and against --chat, where an error ends nothing."""
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
+@pytest.mark.parametrize("raw", [False, True])
+def test_chat_answers_as_the_command_line_does(raw, sampling, trained, counting):
+    """Against the tokens of model.generate, decoded here."""
     out, _, model = trained
+    path, prompt = str(counting[0].parent / "5.png"), "User: " if raw else "How many?"
+    segments, media, flags = data_records.question(model, prompt, [("image", path)]), {"image": path}, ["--raw=no"]
+    if raw:
+        segments, media, flags = [("text", get_tokenizer("bytes").encode(prompt))], {}, ["--raw"]
+    tokens = [token for [token] in model.generate([segments], **{"seed": 1} | sampling)]
+    written = get_tokenizer("bytes").decode(tokens).decode(errors="replace")
+    want = written if raw else written.split("\n\n")[0].lstrip()
     chat = sample.Chat(out, device="cpu")
-    forgotten = chat.ask("Loud?", max_new_tokens=30)
-    for n in range(1, 9):
-        path = counting[0].parent / f"{n}.png"
+    assert chat.ask(prompt, **media, raw=raw, **sampling) == want
+    chat.reset()
+    pieces = list(chat.ask(prompt, **media, raw=raw, stream=True, **sampling))
+    assert "".join(pieces) == want and all(pieces)
+    flags += [f"--{name}={value}" for name, value in (media | sampling).items()]
+    assert said(sample.main, f"--out_dir={out}", f"--prompt={prompt}", *flags) == want + "\n"
+
+
+def test_chat_session(trained, counting, monkeypatch, capsys):
+    """Against Chat.ask: the state is kept between turns, an error ends nothing, the flags' media are shown once."""
+    chat, line = sample.Chat(trained[0], device="cpu"), [f"--out_dir={trained[0]}", "--max_new_tokens=30"]
+    forgotten, second, paths = chat.ask("Loud?", max_new_tokens=30), None, iter(range(1, 9))
+    while second in (None, forgotten):  # or the test would not see the state
+        path = counting[0].parent / f"{next(paths)}.png"
         chat.reset()
         first = chat.ask("<image> How many?", image=path, max_new_tokens=30)
         second = chat.ask("Loud?", max_new_tokens=30)
-        if second != forgotten:
-            break
-    assert second != forgotten  # or the test would not see the state
-    turns = [("<image> How many?", first), ("Loud?", second)]
-    [end] = get_tokenizer("bytes").encode("\n\n")
-    *read, (_, ids) = data_records.segments(model, turns, [("image", path)])
-    assert ids[-1] == end
-    with torch.no_grad():
-        _, whole = model([[*read, ("answer", ids)]])
-    for x, y in zip(itertools.chain(*chat.state), itertools.chain(*whole), strict=True):
-        assert distance(x, y) < 1e-5
-
-    lines = f"<{path}> How many?\n<gone.png>?\nLoud?\n\n"
-    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
-    printed = said(sample.main, f"--out_dir={out}", "--chat", "--max_new_tokens=30")
-    assert printed.split("> ")[-4:] == [f"{first}\n", "", f"{second}\n", ""]
-
-
-def test_chat_shows_the_media_of_its_flags_until_a_question_is_answered(trained, counting, monkeypatch, capsys):
-    """As with the prompt given by a flag; later questions are about nothing more."""
-    path = counting[0].parent / "3.png"
-    line = [f"--out_dir={trained[0]}", f"--image={path}", "--max_new_tokens=2"]
-    answered = said(sample.main, *line, "--prompt=How many?")
-    asked = Mock(side_effect=sample.question)
-    monkeypatch.setattr(sample, "question", asked)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("<gone.png>?\nHow many?\nLoud?\n"))
-    assert f"> > {answered}> " in said(sample.main, *line, "--chat")
-    assert "gone.png" in capsys.readouterr().err
-    shown = [("image", str(path))]
-    assert [call.args[2] for call in asked.call_args_list] == [[*shown, ("image", "gone.png")], shown, []]
-    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    assert said(sample.main, *line, "--chat", "--prompt=How many?").endswith(f"\n{answered}> ")
-
-
-@pytest.mark.parametrize("how", [{}, dict(temperature=1.0, top_k=9, top_p=0.9, seed=3)], ids=str)
-def test_chat_answers_as_the_command_line_does(how, trained, counting):
-    """Against the tokens of model.generate, decoded here."""
-    out, _, model = trained
-    path, how = str(counting[0].parent / "5.png"), how | {"max_new_tokens": 30}
-    flags = [f"--out_dir={out}", *(f"--{name}={value}" for name, value in how.items())]
-    seed = {"seed": 1} | how
-    for prompt, raw in (("How many?", False), ("User: ", True)):
-        media = {} if raw else {"image": path}
-        if raw:
-            segments = [("text", get_tokenizer("bytes").encode(prompt))]
-        else:
-            segments = data_records.question(model, prompt, [("image", path)])
-        tokens = [token for [token] in model.generate([segments], **seed)]
-        written = get_tokenizer("bytes").decode(tokens).decode(errors="replace")
-        want = written if raw else written.split("\n\n")[0].lstrip()
-        chat = sample.Chat(out, device="cpu")
-        assert chat.ask(prompt, **media, raw=raw, **how) == want
-        chat.reset()
-        pieces = chat.ask(prompt, **media, raw=raw, stream=True, **how)
-        pieces = list(pieces)
-        assert "".join(pieces) == want and all(pieces)
-        shown = [f"--{kind}={file}" for kind, file in media.items()]
-        assert said(sample.main, *flags, f"--prompt={prompt}", f"--raw={raw}", *shown) == want + "\n"
+    sessions = [
+        ([], f"<{path}> How many?\n<gone.png>?\nLoud?\n\n", f"> {first}\n> > {second}\n> "),
+        ([f"--image={path}"], "<gone.png>?\n<image> How many?\nLoud?\n", f"> > {first}\n> {second}\n> "),
+        ([f"--image={path}", "--prompt=<image> How many?"], "", f"\n{first}\n> "),
+    ]
+    for flags, typed, want in sessions:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        assert said(sample.main, *line, "--chat", *flags).endswith(want)
+        assert ("gone.png" in capsys.readouterr().err) == ("gone.png" in typed)
 
 
 @pytest.fixture(scope="session")
@@ -5029,24 +4823,21 @@ def test_chat_reads_a_conversation_as_its_template_has_it(small_chat, tmp_path, 
 
 def test_chat_takes_files_and_arrays(small_chat, tmp_path):
     """The same picture, sound or series as a file, as what Pillow or soundfile read of it, as array, tensor or list."""
-    x = pixels(1, 20, 30, 3)
-    picture = Image.fromarray(x)
-    picture.save(tmp_path / "x.png")
-    same = {"image": [tmp_path / "x.png", str(tmp_path / "x.png"), picture, x, torch.from_numpy(x)]}
-    palette = picture.quantize(16)
-    palette.save(tmp_path / "palette.png")
-    gray = pixels(2, 20, 30)
-    clear = np.dstack([x, 255 - gray])
-    Image.fromarray(clear).save(tmp_path / "clear.png")
+    x, gray = pixels(1, 20, 30, 3), pixels(2, 20, 30)
+    picture, clear = Image.fromarray(x), np.dstack([x, 255 - gray])
+    file = stored(picture, tmp_path / "x.png")
     tone = np.float32(np.sin(np.arange(4000) / 5) / 2)
     soundfile.write(tmp_path / "x.wav", tone, 16000, "FLOAT")
-    same["audio"] = [tmp_path / "x.wav", tone, torch.from_numpy(tone), tone.tolist()]
-    points = [math.sin(i / 3) for i in range(60)]
-    (tmp_path / "x.csv").write_text("y\n" + "".join("NA\n" if i == 7 else f"{y}\n" for i, y in enumerate(points)))
-    points[7] = None
-    same["series"] = [str(tmp_path / "x.csv"), points, tuple(points), np.array(points, np.float64)]
-    same = list(same.items()) + [("image", [tmp_path / "clear.png", clear]), ("image", [gray, np.dstack([gray] * 3)])]
-    same.append(("image", [tmp_path / "palette.png", palette]))
+    points = [None if i == 7 else y for i, y in enumerate(wave(0, 60))]
+    table = csv(tmp_path / "x.csv", "y", ["NA" if y is None else y for y in points])
+    same = [
+        ("image", [file, str(file), picture, x, torch.from_numpy(x)]),
+        ("image", [stored(Image.fromarray(clear), tmp_path / "clear.png"), clear]),
+        ("image", [stored(picture.quantize(16), tmp_path / "palette.png"), picture.quantize(16)]),
+        ("image", [gray, np.dstack([gray] * 3)]),
+        ("audio", [tmp_path / "x.wav", tone, torch.from_numpy(tone), tone.tolist()]),
+        ("series", [str(table), points, tuple(points), np.array(points, np.float64)]),
+    ]
     blank = {"image": np.zeros_like(x), "audio": np.zeros_like(tone), "series": [1.0, 2.0]}
     for kind, forms in same:
         states = []
@@ -5065,11 +4856,11 @@ def test_chat_takes_files_and_arrays(small_chat, tmp_path):
 
 def test_chat_forecasts_in_the_units_of_a_series(small_chat, tmp_path):
     """Against model.forecast."""
-    points = [100 + 30 * math.sin(i / 3) for i in range(60)]
-    (tmp_path / "x.csv").write_text("a,b\n" + "".join(f"{y},{-y}\n" for y in points))
+    points = [20 * y for y in wave(0, 60)]
+    table = csv(tmp_path / "x.csv", "a,b", points, range(60))
     want = small_chat.model.forecast([points])[0].tolist()
     state = small_chat.state
-    for series in (points, np.array(points), f"{tmp_path / 'x.csv'}#a"):
+    for series in (points, np.array(points), f"{table}#a"):
         assert small_chat.forecast(series) == pytest.approx(want) and len(want) == SMALL.horizon
     assert small_chat.forecast(points, 30) == pytest.approx(small_chat.model.forecast([points], 30)[0].tolist())
     assert small_chat.state is state
@@ -5085,30 +4876,27 @@ def test_info(trained, tmp_path):
     out, _, model = trained
     first, parameters, run, changed, same = said(sample.main, f"--out_dir={out}", "--info").splitlines()
     assert str(out) in first and "RWKV-7" in first and "2 layers x 64" in first and first.endswith("takes text, image")
-    counts = [p.numel() for p in model.parameters()]
-    language = sum(p.numel() for name, p in model.named_parameters() if name.split(".")[0] in LANGUAGE_PARTS)
-    assert [int(n.replace(",", "")) for n in re.findall(r"[\d,]+\d", parameters)] == [language, sum(counts) - language]
+    others = sum(p.numel() for part in (model.encoder, model.adapter) for p in part.parameters())
+    language = sum(p.numel() for p in model.parameters()) - others
+    assert [int(n.replace(",", "")) for n in re.findall(r"[\d,]+\d", parameters)] == [language, others]
     assert run.startswith("trained: 100 steps of 8 samples of ")
-    assert changed.split(": ")[1].split() == ["--n_embd=64", "--head_size=32"]
-    assert {*changed.split(": ")[1].split(), *same.split(": ")[1].split()} == {
-        f"--{name}={value}" for name, value in dataclasses.asdict(model.config).items()
-    }
+    changed, same = (line.split(": ")[1].split() for line in (changed, same))
+    assert changed == ["--n_embd=64", "--head_size=32"]
+    assert {*changed, *same} == {f"--{name}={value}" for name, value in dataclasses.asdict(model.config).items()}
     contents = read_checkpoint(out)
     contents["config"]["image_encoder"] = "not/here"
     torch.save({"model": contents["model"], "config": contents["config"]}, tmp_path / "x.pt")
-    flags = f"--out_dir={tmp_path / 'x.pt'}", "--info", "--template=v3", "--audio_encoder=mel"
-    first, _, changed, _ = said(sample.main, *flags).splitlines()
-    assert first.endswith("takes text, image, audio") and "--image_encoder=not/here --audio_encoder=mel" in changed
-    assert "--template=v3" in changed
+    flags = "--info", "--template=v3", "--image_encoder=nor/there"
+    first, _, changed, _ = said(sample.main, f"--out_dir={tmp_path / 'x.pt'}", *flags).splitlines()
+    assert first.endswith("takes text, image, audio") and "--template=v3" in changed
+    assert "--image_encoder=nor/there --audio_encoder=mel" in changed
     path, _ = released("WorldRWKV, pictures", tmp_path / "x.pth")
     lines = said(sample.main, f"--out_dir={path}", "--info").splitlines()
     assert lines[0].endswith("takes text, image") and "--image_encoder=siglip" in lines[2] and len(lines) == 4
 
 
-LANGUAGE_PARTS = {"emb", "blocks", "ln_out", "head"}
-
-
 def test_an_answer_is_streamed(trained, monkeypatch):
+    """Against what the screen holds at each flush."""
     screen, flushed = io.StringIO(), []
     monkeypatch.setattr(screen, "flush", lambda: flushed.append(screen.getvalue()))
     with contextlib.redirect_stdout(screen):
@@ -5122,17 +4910,17 @@ def test_an_answer_is_streamed(trained, monkeypatch):
 CUT = stored(noise(40, 40), io.BytesIO(), format="PNG").getvalue()[:2000]
 
 
-@pytest.mark.parametrize(
-    "reader,name,contents",
-    [
-        (read_records, "x.jsonl", [b"", b"\n\n", b'{"text": "\xff"}\n']),
-        (read_records, "x.json", [b"[]", b"{}", b"[{"]),
-        (get_tokenizer, "vocabulary", [b"\x80\x02\xff" * 100]),
-        (lambda path: load_media(WHOLE, path), "x.png", [b"", b"no picture", CUT]),
-        (load, "x.pt", [b"", b"no checkpoint"]),
-    ],
-)
+# fmt: off
+@pytest.mark.parametrize("reader, name, contents", [
+    (read_records, "x.jsonl", [b"", b"\n\n", b'{"text": "\xff"}\n']),
+    (read_records, "x.json", [b"[]", b"{}", b"[{"]),
+    (get_tokenizer, "vocabulary", [b"\x80\x02\xff" * 100]),
+    (functools.partial(load_media, WHOLE), "x.png", [b"", b"no picture", CUT]),
+    (load, "x.pt", [b"", b"no checkpoint"]),
+])
+# fmt: on
 def test_files_that_cannot_be_read(reader, name, contents, tmp_path):
+    """One sentence that names the file; a folder and a file that is missing, too."""
     paths = [tmp_path, tmp_path / f"missing-{name}"]
     for i, content in enumerate(contents):
         paths.append(tmp_path / f"{i}-{name}")
@@ -5155,114 +4943,82 @@ def odd(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["gone.png", "good.jsonl", "cut.png", "huge.png", "no record"])
 def test_bad_records(name, odd, trained, tmp_path, monkeypatch):
+    """One sentence with file, line and picture, of train.py and sample.py alike."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # from twice that on, Pillow takes a picture for an attack
     good, bad = (talk("<image>\nHow many?", "one", image=str(odd / x)) for x in ("good.png", name))
-    path = jsonl(tmp_path / "bad.jsonl", good, good, bad if "." in name else {"id": 1}, good)
-    trains = [*TINY, f"--data={path}", f"--val_data={odd / 'texts.jsonl'}", f"--out_dir={tmp_path / 'out'}"]
-    for main, args in (
-        (train.main, trains),
-        (sample.main, [f"--out_dir={trained[0]}", f"--eval={path}", "--max_new_tokens=3"]),
-    ):
-        message = refusal(main, args)
+    path, out = tmp_path / "bad.jsonl", tmp_path / "out"
+    jsonl(path, good, good, bad if "." in name else {"id": 1}, good)
+    trains = [*TINY, f"--data={path}", f"--val_data={odd / 'texts.jsonl'}", f"--out_dir={out}"]
+    asks = [f"--out_dir={trained[0]}", f"--eval={path}", "--max_new_tokens=3"]
+    for message in (refusal(train.main, trains), refusal(sample.main, asks)):
         assert f"{path}, line 3" in message and (name in message or name == "no record")
-    assert not (tmp_path / "out/ckpt.pt").exists()
+    assert not (out / "ckpt.pt").exists()
 
 
 COUNTED = "max_steps batch_size grad_accum ctx_len eval_interval eval_samples save_interval n_layer n_embd head_size "
 COUNTED += "image_height patch_height patch_width encoder_width conv_stride adapter_scale"
-OF_TRAIN = {f"--{name}=0": f"{name}=0" for name in COUNTED.split()}
-OF_TRAIN |= {
-    "--data=nothing": "--data=nothing digits shakespeare",
-    "--data=no/thing": "--data=no/thing",
-    "--data=no.jsonl": "no.jsonl",
+BAD_FLAGS = {f"train --{name}=0": f"{name}=0" for name in COUNTED.split()}
+# fmt: off
+BAD_FLAGS |= {  # script and flags: words of the message
+    "train --data=nothing": "--data=nothing digits shakespeare", "train --data=no/thing": "--data=no/thing",
+    "train --data=no.jsonl": "no.jsonl", "train --val_data=no.jsonl": "no.jsonl",
+    "train --init_from=no.pt": "no.pt", "train --init_from=good.jsonl": "good.jsonl",
+    "train --out_dir=good.jsonl": "good.jsonl", "train --resume": "ckpt.pt", "train --device=foo": "foo",
+    "train --tokenizer=foo": "foo gpt2", "train --phase=foo": "phase=foo adapter",
+    "train --schedule=foo": "schedule=foo cosine", "train --dtype=foo": "dtype=foo bfloat16",
+    "train --template=foo": "template=foo v3", "train --image_encoder=foo": "image_encoder=foo patch",
+    "train --head_size=48": "head_size=48 64", "train --image_height=40": "image_height=40",
+    "train --patch_height=20": "patch_height=20", "train --patch_width=6": "patch_width=6",
+    "train --grad_accum=3": "--batch_size=8 --grad_accum=3", "train --learning_rate=1e30": "loss --learning_rate",
+    "train --image_encoder=none": "good.jsonl line good.png", "train --series_encoder=x": "none, wavenet, timer",
+    "train --series_encoder=wavenet --series_kernel=6 --series_stride=9": "series_kernel=6",
+    "train --series_encoder=wavenet --series_kernel=60 --lookback=48": "48 vectors",
+    "sample --out_dir=nowhere": "nowhere train.py", "sample --out_dir=.": "ckpt.pt train.py",
+    "sample --out_dir=good.jsonl": "good.jsonl", "sample": "--prompt --chat --eval",
+    "sample --prompt=Hi --device=foo": "foo", "sample --prompt=Hi --tokenizer=foo": "foo",
+    "sample --prompt=<image><image> --image=good.png": "<image>", "sample --prompt=Hi --image=gone.png": "gone.png",
+    "sample --eval=no.jsonl": "no.jsonl", "sample --eval=texts.jsonl": "texts.jsonl",
+    "sample --eval=good.jsonl --batch_size=0": "batch_size", "sample --eval=good.jsonl --prompt=Hi": "--eval",
+    "sample --eval=good.jsonl --image=good.png": "--eval", "sample --eval=good.jsonl --chat": "--eval",
+    "sample --raw --image=good.png": "--raw", "sample --raw --chat": "--raw",
+    "sample --info --eval=good.jsonl": "--info --eval", "sample --prompt=Hi --temperature=-1": "temperature=-1",
+    "sample --series=good.png": "good.png",
 }
-OF_TRAIN |= {"--val_data=no.jsonl": "no.jsonl", "--init_from=no.pt": "no.pt", "--init_from=good.jsonl": "good.jsonl"}
-OF_TRAIN |= {
-    "--out_dir=good.jsonl": "good.jsonl",
-    "--resume": "ckpt.pt",
-    "--device=foo": "foo",
-    "--tokenizer=foo": "foo gpt2",
-}
-OF_TRAIN |= {
-    "--phase=foo": "--phase=foo adapter",
-    "--schedule=foo": "--schedule=foo cosine",
-    "--dtype=foo": "--dtype=foo bfloat16",
-}
-OF_TRAIN |= {
-    "--template=foo": "template=foo v3",
-    "--image_encoder=foo": "image_encoder=foo patch",
-    "--head_size=48": "head_size=48 64",
-}
-OF_TRAIN |= {f"--{size}": size for size in ("image_height=40", "patch_height=20", "patch_width=6")}
-OF_TRAIN |= {"--grad_accum=3": "--batch_size=8 --grad_accum=3", "--learning_rate=1e30": "loss --learning_rate"}
-OF_TRAIN |= {"--image_encoder=none": "good.jsonl line good.png"}
+# fmt: on
 
 
-@pytest.mark.parametrize("flag", OF_TRAIN)
-def test_bad_flags_of_train(flag, odd, tmp_path, monkeypatch):
+@pytest.mark.parametrize("line", BAD_FLAGS)
+def test_bad_flags(line, odd, trained, tmp_path, monkeypatch):
+    """One sentence that holds the flag and what would be right."""
     monkeypatch.chdir(odd)
-    defaults = [
-        "--data=good.jsonl",
-        "--val_data=texts.jsonl",
-        f"--out_dir={tmp_path}",
-        "--max_steps=5",
-        "--warmup_steps=0",
-    ]
-    message = refusal(train.main, [*TINY, *defaults, flag])
-    assert not [word for word in OF_TRAIN[flag].split() if word not in message]
+    script, *flags = line.split()
+    main, defaults = sample.main, [f"--out_dir={trained[0]}"]
+    if script == "train":
+        data = "--data=good.jsonl", "--val_data=texts.jsonl", f"--out_dir={tmp_path}"
+        main, defaults = train.main, [*TINY, *data, "--max_steps=5", "--warmup_steps=0"]
+    message = refusal(main, [*defaults, *flags])
+    assert not [word for word in BAD_FLAGS[line].split() if word not in message]
 
 
-OF_SAMPLE = {
-    "--out_dir=nowhere": "nowhere train.py",
-    "--out_dir=.": "ckpt.pt train.py",
-    "--out_dir=good.jsonl": "good.jsonl",
-}
-OF_SAMPLE |= {"": "--prompt --chat --eval", "--prompt=Hi --device=foo": "foo", "--prompt=Hi --tokenizer=foo": "foo"}
-OF_SAMPLE |= {"--prompt=<image><image> --image=good.png": "<image>", "--prompt=Hi --image=gone.png": "gone.png"}
-OF_SAMPLE |= {
-    "--eval=no.jsonl": "no.jsonl",
-    "--eval=texts.jsonl": "texts.jsonl",
-    "--eval=good.jsonl --batch_size=0": "batch_size",
-}
-OF_SAMPLE |= {f"--eval=good.jsonl {other}": "--eval" for other in ("--prompt=Hi", "--image=good.png", "--chat")}
-OF_SAMPLE |= {
-    "--raw --image=good.png": "--raw",
-    "--raw --series=x.csv": "--raw",
-    "--raw --chat": "--raw",
-    "--info --eval=good.jsonl": "--info --eval",
-}
-OF_SAMPLE |= {"--prompt=Hi --temperature=-1": "temperature=-1", "--series=good.png": "good.png"}
-
-
-@pytest.mark.parametrize("line", OF_SAMPLE)
-def test_bad_flags_of_sample(line, odd, trained, monkeypatch):
-    monkeypatch.chdir(odd)
-    message = refusal(sample.main, [f"--out_dir={trained[0]}", *line.split()])
-    assert not [word for word in OF_SAMPLE[line].split() if word not in message]
-
-
+# fmt: off
 NO_MEDIA = {
-    "image": [5, b"x", "gone.png", "x.wav", {"path": "x.png"}, 0.5, [], [[1, 2], [3]], np.zeros((4, 4, 3))],
+    "image": [
+        5, b"x", "gone.png", "x.wav", {"path": "x.png"}, 0.5, [], [[1, 2], [3]], np.zeros((4, 4, 3)), torch.zeros(4, 4),
+        np.zeros((4, 4, 2), np.uint8), np.zeros((3, 9, 9), np.uint8), np.zeros((0, 4), np.uint8),
+        np.zeros((1, 4, 4, 3), np.uint8), np.zeros((4, 4), bool), io.BytesIO(b"x"),
+    ],
     "audio": [5, b"x", "gone.wav", "x.png", {"array": []}, [], np.zeros((2, 9)), np.zeros(9, np.int16), [math.nan]],
     "series": [5, object(), b"x", "gone.csv", "x.png", {"a": 1}, [], np.zeros((2, 9)), np.array(["x"]), [None]],
 }
-NO_MEDIA["image"] += [np.zeros((4, 4, 2), np.uint8), np.zeros((3, 9, 9), np.uint8), np.zeros((0, 4), np.uint8)]
-NO_MEDIA["image"] += [
-    torch.zeros(4, 4),
-    np.zeros(9, np.uint8),
-    np.zeros((1, 4, 4, 3), np.uint8),
-    np.zeros((4, 4), bool),
-    io.BytesIO(b"x"),
-]
+# fmt: on
 
 
-@pytest.mark.parametrize("kind", NO_MEDIA)
-def test_media_that_are_none(kind, small_chat, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind, good", [("image", "x.png"), ("audio", "x.wav"), ("series", [1.0, 2.0])])
+def test_media_that_are_none(kind, good, small_chat, tmp_path, monkeypatch):
     """One sentence each, alone or beside a good one, and the state is as it was."""
     monkeypatch.chdir(tmp_path)
     bars(tmp_path / "x.png", 1)
     soundfile.write(tmp_path / "x.wav", np.zeros(999), 16000)
-    good = {"image": "x.png", "audio": "x.wav", "series": [1.0, 2.0]}[kind]
     taken = {"image": "a picture is", "audio": "a sound is", "series": "a series "}[kind]
     small_chat.ask("Hi", max_new_tokens=2)
     state = small_chat.state
@@ -5278,21 +5034,16 @@ def test_questions_that_cannot_be_answered(small_chat, trained, monkeypatch):
     x = pixels(1, 20, 30)
     small_chat.ask("Hi", max_new_tokens=2)
     state = small_chat.state
-    wrong = [
-        ("2 <image>", dict(prompt="<image><image><image>", image=x)),
-        ("1 <audio>", dict(prompt="<audio>", image=x)),
-        ("string", dict(prompt=None)),
-        ("string", dict(prompt=["Hi"])),
-        ("prompt", dict(prompt="  ")),
-        ("raw", dict(prompt="Hi", raw=True, image=x)),
-        ("temperature", dict(prompt="Hi", temperature=-1)),
-        ("max_new_tokens", dict(prompt="Hi", max_new_tokens=0)),
-        ("top_k", dict(prompt="Hi", top_k=-1)),
-    ]
-    for words, question in wrong:
-        assert words in refusal(small_chat.ask, **question) and words in refusal(
-            small_chat.ask, **question, stream=True
-        )
+    # fmt: off
+    for words, question in [
+        ("2 <image>", dict(prompt="<image><image><image>", image=x)), ("1 <audio>", dict(prompt="<audio>", image=x)),
+        ("string", dict(prompt=None)), ("string", dict(prompt=["Hi"])), ("prompt", dict(prompt="  ")),
+        ("raw", dict(prompt="Hi", raw=True, image=x)), ("temperature", dict(prompt="Hi", temperature=-1)),
+        ("max_new_tokens", dict(prompt="Hi", max_new_tokens=0)), ("top_k", dict(prompt="Hi", top_k=-1)),
+    ]:
+        for stream in (False, True):
+            assert words in refusal(small_chat.ask, **question, stream=stream)
+    # fmt: on
     with pytest.raises(TypeError, match="media"):
         small_chat.ask("What?", media="x.png")
     for media in ("x.png", ["x.png"], [("picture", "x.png")]):
@@ -5309,18 +5060,18 @@ def test_questions_that_cannot_be_answered(small_chat, trained, monkeypatch):
     for sound in (np.zeros(999, np.float32), "x.wav"):
         assert "no audio encoder" in refusal(deaf.ask, "What?", audio=sound)
     assert "series encoder" in refusal(deaf.forecast, [1.0, 2.0])
-    for path, words in (("nowhere", "nowhere"), (".", "ckpt.pt")):
-        assert words in refusal(sample.Chat, path)
+    assert "nowhere" in refusal(sample.Chat, "nowhere") and "ckpt.pt" in refusal(sample.Chat, ".")
     assert "foo" in refusal(sample.Chat, trained[0], device="foo")
 
 
 def test_errors_as_the_user_sees_them(odd):
+    """One line on stderr, without a traceback."""
     assert "good.jsonl" in complaint(run([REPO / "sample.py", "--out_dir=good.jsonl", "--prompt=Hi"], cwd=odd))
 
 
 # ---------------------------------------------------------------------------------------------- a pretend GPU
-# Tensors that say they are on "cuda" or "mps" while their numbers are computed on the CPU, with gradients, optimizers and autocast.
-# What a GPU refuses raises: tensors of both devices in one operation, the CPU's random generator, float64 on mps.
+# Tensors that say they are on "cuda" or "mps" while their numbers are computed on the CPU. What a GPU refuses raises:
+# tensors of both devices in one operation, the CPU's random generator, float64 on mps.
 
 # Of torch's autocast_mode.h what is used here; and the operations whose result the host needs
 AUTOCAST_TO_HALF = set("mm addmm bmm baddbmm mv convolution".split())
@@ -5330,14 +5081,14 @@ WAITS = set("_local_scalar_dense equal nonzero masked_select _unique2 unique_dim
 
 
 def each(function, x):
-    """x with every leaf of its lists, tuples and dicts replaced by function(leaf); torch's tree_map takes three times as long."""
+    """x with every leaf replaced by function(leaf); torch's tree_map takes three times as long."""
     if isinstance(x, list | tuple):
         return type(x)([each(function, y) for y in x])
     return {name: each(function, y) for name, y in x.items()} if isinstance(x, dict) else function(x)
 
 
 class GpuTensor(torch.Tensor):
-    """A tensor that holds its `numbers` on the CPU; torch itself believes it to be on meta:0, a device without numbers."""
+    """A tensor that holds its `numbers` on the CPU; torch believes it to be on meta:0, a device without numbers."""
 
     @staticmethod
     def __new__(cls, gpu, numbers):
@@ -5372,7 +5123,7 @@ class GpuTensor(torch.Tensor):
 
 
 class PretendGpu(TorchDispatchMode):
-    """Computes what is on the pretend device `kind`; `waits` counts, by the reason, how often the host had to wait for it."""
+    """Computes what is on the pretend device `kind`; `waits` counts, by the reason, the host's waits for it."""
 
     def __init__(self, kind):
         super().__init__()
@@ -5420,7 +5171,7 @@ class PretendGpu(TorchDispatchMode):
         return device.type == self.kind or device == torch.device("meta", 0)
 
     def count(self, name, args, kwargs, inputs, on_cpu, here):
-        """Counts what the host waits for: copies, results that it needs, and masks, of which it needs how many are true."""
+        """Counts what the host waits for: copies, results that it needs, and masks, whose sums it needs."""
         mine = any(isinstance(x, GpuTensor) for x in inputs)
         if name in ("copy_", "_to_copy"):
             up = isinstance(args[0], GpuTensor) if name == "copy_" else here
@@ -5441,11 +5192,11 @@ class PretendGpu(TorchDispatchMode):
         wrong = [x for x in on_cpu if x.dim() and not any(x is index for index in indices)]
         if wrong:
             raise RuntimeError(
-                f"{name}: Expected all tensors to be on the same device, but found {self.kind}:0 and cpu, {tuple(wrong[0].shape)}"
+                f"{name}: Expected all tensors to be on the same device, but found cpu, {tuple(wrong[0].shape)}"
             )
 
     def cast(self, name, inputs):
-        """The dtype in which an operation has to run, where not in its inputs'. In a backward pass what was saved was not yet cast."""
+        """The dtype of an operation, where not its inputs'. In a backward pass what was saved was not yet cast."""
         floats = {x.dtype for x in inputs if isinstance(x, torch.Tensor) and x.is_floating_point()}
         backward = torch._C._current_graph_task_id() != -1 and len(floats) > 1
         to_float = AUTOCAST_TO_FLOAT if self.half else ()
@@ -5473,12 +5224,12 @@ CUDA |= dict(_lazy_init=None, synchronize=None, empty_cache=None, reset_peak_mem
 def forget_kernels():
     """What was compiled is looked for again, and what is missing is said again."""
     modrwkv.kernel.cache_clear()
-    modrwkv.warn_slow.cache_clear()
+    modrwkv.WARNED.clear()
 
 
 @contextlib.contextmanager
 def pretend_gpu(kind="cuda", kernel=True, capability=(8, 0)):
-    """Inside there is a GPU, for threads and libraries, too; torch.compile does nothing. kernel: whether kernel.cu can be compiled for it."""
+    """Inside there is a GPU, for threads and libraries, too. kernel: whether kernel.cu can be compiled for it."""
     gpu, to, run, set_autocast = PretendGpu(kind), torch.Tensor.to, threading.Thread.run, torch.set_autocast_enabled
 
     def with_index(x):  # for which torch would ask the driver
@@ -5541,66 +5292,37 @@ def pretend_gpu(kind="cuda", kernel=True, capability=(8, 0)):
 
 def test_the_pretend_gpu_refuses_what_a_gpu_refuses():
     """As torch does on CUDA; and is gone afterwards."""
-    before = torch.cuda.is_available, torch.Tensor.to, torch.Generator, F.conv1d, modrwkv.compile_for_gpu
+
+    def patched():
+        return torch.cuda.is_available, torch.Tensor.to, torch.Generator, F.conv1d, modrwkv.compile_for_gpu
+
+    before, on_cpu, first = patched(), torch.ones(3), torch.tensor([0, 1])
     with pretend_gpu():
-        x, on_cpu = torch.ones(3, device="cuda"), torch.ones(3)
+        x = torch.ones(3, device="cuda")
         assert (x.device, x.is_cuda, x.cpu().is_cuda) == (torch.device("cuda:0"), True, False)
-        numbers_and_indices = (x + torch.tensor(2.0))[torch.tensor([0, 1])]  # from the CPU are taken
-        assert numbers_and_indices.tolist() == [3, 3]
+        assert (x + torch.tensor(2.0))[first].tolist() == [3, 3]  # numbers and indices from the CPU are taken
         for wrong in (
             lambda: x + on_cpu,
             lambda: torch.cat([x, on_cpu]),
             lambda: on_cpu.mul_(x),
             lambda: on_cpu[x.long()],
-            lambda: x.index_put_((torch.tensor([0, 1]),), on_cpu[:2]),
+            lambda: x.index_put_((first,), on_cpu[:2]),
             lambda: torch.multinomial(x, 1, generator=torch.Generator()),
             lambda: torch.empty(1, device="cuda:1"),
+            lambda: torch.cuda.set_device(torch.device("cuda")),
+            lambda: x.numpy(),
         ):
-            with pytest.raises(RuntimeError, match="same device|device type|ordinal"):
+            with pytest.raises(
+                (RuntimeError, ValueError, TypeError), match="same device|device type|ordinal|index|numpy"
+            ):
                 wrong()
-        with pytest.raises(ValueError, match="index"):
-            torch.cuda.set_device(torch.device("cuda"))
-        with pytest.raises(TypeError, match="numpy"):
-            x.numpy()
     with pretend_gpu("mps"), pytest.raises(TypeError, match="float64"):
         torch.ones(3, device="mps").double()
-    assert before == (torch.cuda.is_available, torch.Tensor.to, torch.Generator, F.conv1d, modrwkv.compile_for_gpu)
-
-
-@pytest.mark.parametrize("kind", ["cuda", "mps"])
-def test_the_pretend_gpu_computes_what_the_cpu_computes(kind, tmp_path):
-    """Three steps of AdamW and Muon from the same weights, gradients clipped; the checkpoint of each is the CPU's."""
-
-    def steps(device, path):
-        torch.manual_seed(0)
-        net = torch.nn.Sequential(
-            torch.nn.Conv1d(3, 8, 3), torch.nn.LayerNorm(6), torch.nn.GELU(), torch.nn.Linear(6, 4)
-        ).to(device)
-        optimizers = [torch.optim.AdamW(net.parameters(), fused=True), torch.optim.Muon([net[3].weight])]
-        for _ in range(3):
-            net(torch.randn(5, 3, 8).to(device)).square().mean().backward()
-            torch.nn.utils.clip_grad_norm_(net.parameters(), 0.1)
-            for optimizer in optimizers:
-                optimizer.step()
-            found = [x.grad.cpu() for x in net.parameters()] + [x.detach().cpu() for x in net.parameters()]
-            net.zero_grad()
-        torch.save((net.state_dict(), [optimizer.state_dict() for optimizer in optimizers]), path)
-        return found
-
-    want = steps("cpu", tmp_path / "cpu.pt")
-    with pretend_gpu(kind):
-        got = steps(kind, tmp_path / "gpu.pt")
-    assert all(map(torch.equal, got, want))
-    stored = [
-        tree_leaves(torch.load(tmp_path / name, map_location="cpu", weights_only=True)) for name in ("gpu.pt", "cpu.pt")
-    ]
-    got, want = ([x for x in leaves if isinstance(x, torch.Tensor)] for leaves in stored)
-    assert all(map(torch.equal, got, want)) and {type(x) for x in got} == {torch.Tensor}
-    assert len(got) == len(want) == 6 + 6 * 3 + 1  # weights, AdamW's moments and steps, Muon's momentum
+    assert before == patched()
 
 
 def test_the_pretend_gpu_casts_under_autocast_as_cuda():
-    """As torch's documentation lists it: matrix products in bfloat16, norms, softmax and sums in float32, gradients as the weights."""
+    """As torch's documentation lists it: products in bfloat16, norms, softmax and sums in float32, gradients too."""
     net = torch.nn.Sequential(torch.nn.Conv1d(2, 2, 1), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2))
     with pretend_gpu():
         net.to("cuda")
@@ -5633,28 +5355,32 @@ SHORT += "--series_stride=4 --lookback=24 --horizon=8 --level_steps=0 --warmup_s
 SHORT += "--batch_size=4 --max_steps=2 --dtype=float32 --adam_eps=1e-6 --num_workers=0".split()
 
 
+@pytest.fixture
+def senses(senses_folder, monkeypatch):
+    monkeypatch.chdir(senses_folder)
+
+
 @pytest.fixture(scope="session")
-def senses(tmp_path_factory):
-    """A folder with a few records of each kind: image, audio, series, text and quiet (nothing is asked) .jsonl; x.csv; and
-    ckpt.pt, a language model that has learned to be brief."""
+def senses_folder(tmp_path_factory):
+    """A folder with a few records of each kind: image, audio, series, text and quiet (nothing is asked)
+    .jsonl; x.csv; and ckpt.pt, a language model that has learned to be brief."""
     folder = tmp_path_factory.mktemp("senses")
-    wave = [math.sin(i / 3) + 5 for i in range(300)]
     for n in range(4):
         bars(folder / f"{n}.png", n + 1)
         soundfile.write(folder / f"{n}.wav", 0.5 * np.sin(np.arange(3200 + 160 * n) * n / 5) + 0.01, 16000)
     records = {
         "image": [talk("<image>\nHow many?", str(n), "Many?", "no", image=f"{n}.png") for n in range(4)],
         "audio": [talk("<audio>", "low", audio=f"{n}.wav") for n in range(4)],
-        "series": [{"target": wave[n : n + 60]} for n in range(4)],
+        "series": [{"target": wave(n / 3, 60)} for n in range(4)],
         "quiet": [{"text": "there is nothing to answer"}],
         "text": [{"text": "what"}] + [talk("Up?", "no")] * 8,
     }
-    records["series"] += [talk("<series>\nUp?", "yes", series=wave[:24])] * 4
+    records["series"] += [talk("<series>\nUp?", "yes", series=wave(0, 24))] * 4
     for kind in records:
         jsonl(folder / f"{kind}.jsonl", *records[kind])
-    (folder / "x.csv").write_text("y\n" + "".join(f"{y}\n" for y in wave))
-    line = *SHORT, f"--data={folder / 'text.jsonl'}", f"--out_dir={folder}", "--device=cpu", "--rwkv=6"
-    said(train.main, *line, "--max_steps=10", "--learning_rate=1e-2")
+    csv(folder / "x.csv", "y", wave(0, 300))
+    flags = f"--data={folder / 'text.jsonl'}", f"--out_dir={folder}", "--device=cpu", "--rwkv=6", "--learning_rate=1e-2"
+    said(train.main, *SHORT, *flags, "--max_steps=10")
     return folder
 
 
@@ -5664,81 +5390,84 @@ ASKED = {  # by the kind of data: one prompt, or a forecast; what the chat is to
     "series": (("--series=x.csv", "--horizon=20"), "<x.csv> Up?", "x.csv"),
     "text": (("--raw", "--prompt=what", "--temperature=1", "--top_p=0.9"), "Up?", "text.jsonl"),
 }
-
-
-def train_resume_and_ask(device, kind, out, *flags):
-    """What is logged and printed when a user does that on a device, in the folder of `senses`."""
-    line = (*SHORT, f"--device={device}", f"--out_dir={out}", f"--data={kind}.jsonl", f"--val_data={kind}.jsonl")
-    line += tuple(flag.format(device=device) for flag in flags)
-    said(train.main, *line)
-    said(train.main, *line, "--resume", "--max_steps=3")
-    prompt, told, file = ASKED[kind]
-    ask = f"--out_dir={out}", f"--device={device}", "--max_new_tokens=4"
-    printed = [said(sample.main, *ask, *prompt), said(sample.main, *ask, f"--eval={file}")]
-    with patch("builtins.input", side_effect=[told, "And now?", ""]):
-        printed.append(said(sample.main, *ask, "--chat"))
-    return {key: column(out, key) for key in ("loss", "grad_norm", "val_loss")}, printed
-
-
 PINNED = pytest.mark.filterwarnings("ignore:'pin_memory' argument")  # torch's data loader is not taken in
 
 
+def on_device(device, **how):
+    """The context in which there is a device."""
+    return contextlib.nullcontext() if device == "cpu" else pretend_gpu(device, **how)
+
+
+def train_on(device, out, kind, *flags):
+    """Trains SHORTly on a kind of data of `senses`; returns what was said, and the curves."""
+    data = f"--device={device}", f"--out_dir={out}", f"--data={kind}.jsonl", f"--val_data={kind}.jsonl"
+    words = said(train.main, *SHORT, *data, *flags)
+    return words, {key: column(out, key) for key in ("loss", "grad_norm", "val_loss")}
+
+
+# fmt: off
 @PINNED
-@pytest.mark.parametrize(
-    "device, kind, encoder, flags",
-    [
-        ("cuda", "image", "patch", "--optimizer=muon --scan=bi --grad_accum=2 --num_workers=1"),
-        ("mps", "image", "siglip", "--phase=adapter --init_from=ckpt.pt"),
-        ("cuda", "image", "dinov2", "--rwkv=5 --scan=multi --n_layer=4 --cls=last --feature_cache=of_{device}"),
-        ("cuda", "audio", "mel", "--rwkv=6 --dtype=bfloat16 --checkpoint_activations"),
-        ("cuda", "audio", "whisper", "--phase=adapter --init_from=ckpt.pt --grad_accum=2 --dtype=bfloat16"),
-        ("mps", "audio", "wavlm", "--optimizer=muon --feature_cache=of_{device}"),
-        ("cuda", "series", "wavenet", "--optimizer=muon --loss_reduction=sample --dtype=bfloat16"),
-        ("mps", "series", "timer", "--series_kernel=0 --timer_weights=timer.safetensors --rwkv=5"),
-        ("cuda", "text", "none", "--rwkv=5 --l2wrap=0.01 --grad_accum=2 --dtype=bfloat16"),
-        ("mps", "text", "none", "--head_size=16"),
-    ],
-)
+@pytest.mark.parametrize("device, kind, encoder, flags", [
+    ("cuda", "image", "patch", "--optimizer=muon --scan=bi --grad_accum=2 --num_workers=1"),
+    ("mps", "image", "siglip", "--phase=adapter --init_from=ckpt.pt"),
+    ("cuda", "image", "dinov2", "--rwkv=5 --scan=multi --n_layer=4 --cls=last --feature_cache=of_{device}"),
+    ("cuda", "audio", "mel", "--rwkv=6 --dtype=bfloat16 --checkpoint_activations"),
+    ("cuda", "audio", "whisper", "--phase=adapter --init_from=ckpt.pt --grad_accum=2 --dtype=bfloat16"),
+    ("mps", "audio", "wavlm", "--optimizer=muon --feature_cache=of_{device}"),
+    ("cuda", "series", "wavenet", "--optimizer=muon --loss_reduction=sample --dtype=bfloat16"),
+    ("mps", "series", "timer", "--series_kernel=0 --timer_weights=timer.safetensors --rwkv=5"),
+    ("cuda", "text", "none", "--rwkv=5 --l2wrap=0.01 --grad_accum=2 --dtype=bfloat16"),
+    ("mps", "text", "none", "--head_size=16"),
+])
+# fmt: on
 def test_a_gpu_trains_resumes_and_answers_as_the_cpu_does(
     device, kind, encoder, flags, senses, folders, tmp_path, monkeypatch
 ):
-    """From the first flag to the score, the checkpoint, --resume, one prompt (or a forecast), --eval and --chat. In bfloat16 within what its
-    rounding does to three steps, as a GPU does not round where a CPU does."""
-    monkeypatch.chdir(senses)
+    """Score, checkpoint, --resume, a prompt or a forecast, --eval and --chat, against the CPU's. In bfloat16 within
+    what its rounding does to three steps, as a GPU does not round where a CPU does."""
     for name, value in dict(width=16, PATCH=4, LAYERS=2, HEADS=2, HIDDEN=24).items():
         monkeypatch.setattr(Timer, name, value)
     released_files.write("timer.safetensors", randomise(Timer(Config()), 5).state_dict())
-    encoder = folders(encoder) if encoder in modrwkv.FAMILIES else encoder
-    flags = (*flags.split(), *([] if kind == "text" else [f"--{kind}_encoder={encoder}"]))
-    want, printed = train_resume_and_ask("cpu", kind, tmp_path / "cpu", *flags)
-    with pretend_gpu(device):
-        got, printed_too = train_resume_and_ask(device, kind, tmp_path / "gpu", *flags)
-    half = "--dtype=bfloat16" in flags
+    encoder = folders(encoder) if encoder in modrwkv.HUB else encoder
+    if kind != "text":
+        flags += f" --{kind}_encoder={encoder}"
+    prompt, told, file = ASKED[kind]
+    curves, printed = [], []
+    for place in ("cpu", device):
+        with on_device(place):
+            more = flags.format(device=place).split()
+            train_on(place, tmp_path / place, kind, *more)
+            curves.append(train_on(place, tmp_path / place, kind, *more, "--resume", "--max_steps=3")[1])
+            ask = f"--out_dir={tmp_path / place}", f"--device={place}", "--max_new_tokens=4"
+            words = said(sample.main, *ask, *prompt) + said(sample.main, *ask, f"--eval={file}")
+            with patch("builtins.input", side_effect=[told, "And now?", ""]):
+                printed.append(words + said(sample.main, *ask, "--chat"))
+    half = "bfloat16" in flags
     for key, rounding in dict(loss=0.03, val_loss=0.03, grad_norm=0.1).items():
-        assert got[key] == pytest.approx(want[key], rel=rounding if half else 1e-5) and len(set(want[key])) >= 2
+        want, got = (curve[key] for curve in curves)
+        assert got == pytest.approx(want, rel=rounding if half else 1e-5) and len(set(want)) >= 2
     number = re.compile(r"\d+\.\d+")
-    for line, line_too in zip(printed, printed_too, strict=True) if not half else ():
-        assert number.sub("#", line_too) == number.sub("#", line)
-        assert [*map(float, number.findall(line_too))] == pytest.approx([*map(float, number.findall(line))], rel=1e-4)
+    if not half:
+        assert number.sub("#", printed[0]) == number.sub("#", printed[1])
+        want, got = ([*map(float, number.findall(words))] for words in printed)
+        assert got == pytest.approx(want, rel=1e-4)
 
 
+# fmt: off
 @PINNED
-@pytest.mark.parametrize(
-    "device, programs, reason",
-    [
-        ("cpu", {}, "there is no C++ compiler; install g++ or clang++"),
-        ("cpu", {"g++": "exit 1"}, "cannot compile kernel.cu"),
-        ("cuda", {}, "there is no nvcc; pip install"),
-        ("cuda", {"nvcc": "exit 1"}, "nvcc cannot compile kernel.cu"),
-        ("mps", {}, "not for mps"),
-    ],
-)
+@pytest.mark.parametrize("device, programs, reason", [
+    ("cpu", {}, "there is no C++ compiler; install g++ or clang++"),
+    ("cpu", {"g++": "exit 1"}, "cannot compile kernel.cu"),
+    ("cuda", {}, "there is no nvcc; pip install"),
+    ("cuda", {"nvcc": "exit 1"}, "nvcc cannot compile kernel.cu"),
+    ("mps", {}, "not for mps"),
+])
+# fmt: on
 def test_a_machine_without_the_kernel_trains_and_says_why_it_is_slower(
     device, programs, reason, senses, tmp_path, monkeypatch, capsys
 ):
-    """In one line, once; its losses are those of the machine that has it. programs: shell scripts, all that PATH holds."""
-    line = *SHORT, f"--data={senses / 'text.jsonl'}", f"--val_data={senses / 'text.jsonl'}"
-    said(train.main, *line, "--device=cpu", f"--out_dir={tmp_path / 'fast'}")
+    """In one line, once; against a machine that has it. programs: shell scripts, all that PATH holds."""
+    _, fast = train_on("cpu", tmp_path / "fast", "text")
     (tmp_path / "bin").mkdir()
     for name, script in programs.items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
@@ -5748,45 +5477,41 @@ def test_a_machine_without_the_kernel_trains_and_says_why_it_is_slower(
     monkeypatch.setitem(sys.modules, "nvidia", None)  # where pip puts another nvcc
     forget_kernels()
     capsys.readouterr()
-    with pretend_gpu(device, kernel=False) if device != "cpu" else contextlib.nullcontext():
-        said(train.main, *line, f"--device={device}", f"--out_dir={tmp_path / 'slow'}")
+    with on_device(device, kernel=False):
+        _, slow = train_on(device, tmp_path / "slow", "text")
     forget_kernels()
     slower = [line for line in capsys.readouterr().err.splitlines() if "several times slower" in line]
     assert len(slower) == 1 and reason in slower[0]
-    for key in ("loss", "grad_norm", "val_loss"):
-        assert column(tmp_path / "slow", key) == pytest.approx(column(tmp_path / "fast", key), rel=1e-4)
+    for key in fast:
+        assert slow[key] == pytest.approx(fast[key], rel=1e-4)
 
 
 @PINNED
 @pytest.mark.parametrize("device, head_size", [("cpu", 48), ("cpu", 8), ("cuda", 8)])
 def test_head_sizes_that_the_kernel_lacks_train(device, head_size, senses, tmp_path, capsys):
     """In PyTorch's operations, as the one line says."""
-    data = f"--data={senses / 'text.jsonl'}", f"--val_data={senses / 'text.jsonl'}", f"--out_dir={tmp_path}"
     forget_kernels()
-    with pretend_gpu(device) if device != "cpu" else contextlib.nullcontext():
-        said(train.main, *SHORT, *data, f"--device={device}", f"--head_size={head_size}", "--n_embd=48")
-    losses = column(tmp_path, "loss")
-    assert len(losses) == 2 and losses[1] < losses[0]
-    assert f"not {head_size}\n" in capsys.readouterr().err
+    with on_device(device):
+        _, curves = train_on(device, tmp_path, "text", f"--head_size={head_size}", "--n_embd=48")
+    first, second = curves["loss"]
+    assert second < first and "head sizes 16, 32, 64 and 128 alone\n" in capsys.readouterr().err
 
 
 @PINNED
 @pytest.mark.parametrize("capability, dtype, skipped", [((8, 0), "bfloat16", 0), ((7, 5), "float16", 3)])
 def test_a_gpu_trains_in_the_precision_that_it_has(capability, dtype, skipped, senses, tmp_path):
-    """bfloat16 from Ampere on. Before, float16 and its scale of gradients, which is halved at steps in which they overflow, and kept by a
-    checkpoint; the first gradient that does not is float32's."""
-    data = jsonl(tmp_path / "up.jsonl", *[talk("Up?", "no")] * 4)
-    line = *SHORT, f"--data={data}", f"--val_data={senses / 'quiet.jsonl'}"
-    said(train.main, *line, "--device=cpu", f"--out_dir={tmp_path / 'cpu'}")
+    """bfloat16 from Ampere on. Before, float16 and its scale of gradients, which is halved at steps in which they
+    overflow (null in the log) and kept by a checkpoint; the first gradient that does not is float32's."""
+    data = f"--data={jsonl(tmp_path / 'up.jsonl', *[talk('Up?', 'no')] * 4)}"
+    _, want = train_on("cpu", tmp_path / "cpu", "quiet", data)
     with pretend_gpu(capability=capability):
-        out = f"--out_dir={tmp_path / 'gpu'}"
-        words = said(train.main, *line, out, "--device=cuda", "--dtype=auto", "--max_steps=4")
-        said(train.main, out, "--resume", "--max_steps=5")
+        words, _ = train_on("cuda", tmp_path / "gpu", "quiet", data, "--dtype=auto", "--max_steps=4")
+        said(train.main, f"--out_dir={tmp_path / 'gpu'}", "--resume", "--max_steps=5")
     assert f"cuda:0, {dtype}" in words
     norms, losses = column(tmp_path / "gpu", "grad_norm"), column(tmp_path / "gpu", "loss")
-    assert [math.isfinite(x) for x in norms] == [False] * skipped + [True] * (5 - skipped)
-    assert norms[skipped] == pytest.approx(column(tmp_path / "cpu", "grad_norm")[0], rel=0.02)
-    assert losses[: skipped + 1] == pytest.approx(column(tmp_path / "cpu", "loss")[:1] * (skipped + 1), rel=0.02)
+    assert norms[:skipped] == [None] * skipped and len(norms) == 5 and None not in norms[skipped:]
+    assert norms[skipped] == pytest.approx(want["grad_norm"][0], rel=0.02)
+    assert losses[: skipped + 1] == pytest.approx(want["loss"][:1] * (skipped + 1), rel=0.02)
     assert losses[skipped + 1] < 0.8 * losses[0]
     assert kept(tmp_path / "gpu", "scaler").get("scale") == (65536 / 2**skipped if skipped else None)
 
@@ -5794,36 +5519,29 @@ def test_a_gpu_trains_in_the_precision_that_it_has(capability, dtype, skipped, s
 @PINNED
 def test_a_training_step_waits_for_the_gpu_only_where_it_logs(senses, tmp_path):
     """Four steps more are no wait more; with a line in the log for each step there is one for each."""
-    data = ",".join(str(senses / f"{kind}.jsonl") for kind in ("image", "audio", "series", "text"))
-    line = *SHORT, f"--data={data}", f"--val_data={senses / 'quiet.jsonl'}", "--dtype=bfloat16", "--device=cuda"
-    line += "--image_encoder=patch", "--audio_encoder=mel", "--series_encoder=wavenet", "--scan=bi", "--n_layer=1"
-
-    def waits(steps, interval):
-        out = f"--out_dir={tmp_path / f'{steps} {interval}'}"
+    flags = "--image_encoder=patch --audio_encoder=mel --series_encoder=wavenet --scan=bi --n_layer=1 --dtype=bfloat16"
+    flags += " --data=image.jsonl,audio.jsonl,series.jsonl,text.jsonl"
+    waits = {}
+    for steps, interval in ((12, 100), (8, 100), (12, 1)):  # in eight steps each record comes once
+        more = f"--max_steps={steps}", f"--log_interval={interval}"
         with pretend_gpu() as gpu:
-            said(train.main, *line, out, f"--max_steps={steps}", f"--log_interval={interval}")
-        return gpu.waits
-
-    rarely = waits(12, 100)
-    assert rarely == waits(8, 100)  # in eight steps each record comes once
-    assert waits(12, 1) - rarely == {"tolist": 11}
+            train_on("cuda", tmp_path / f"{steps} {interval}", "quiet", *flags.split(), *more)
+        waits[steps, interval] = gpu.waits
+    assert waits[12, 100] == waits[8, 100]
+    assert waits[12, 1] - waits[12, 100] == {"tolist": 11}
 
 
 def test_batches_may_be_on_the_gpu_already(model, folders):
-    """FSDP2 moves what a module is given to its device, as it does it; both kinds of encoders."""
+    """FSDP2 moves what a module is given to its device; both kinds of encoders, against the CPU's loss."""
     from torch.distributed.utils import _to_kwargs
 
-    pretrained = dict(image_encoder=folders("dinov2"), audio_encoder=folders("whisper"))
-    frozen = randomise(ModRWKV(dataclasses.replace(SMALL, **pretrained)))
-    eyes, ears = torch.from_numpy(pixels(1, 3, 32, 32)), torch.from_numpy(pixels(2, 9000)) / 255
-    samples = {
-        copy.deepcopy(model).float(): [
-            [picture(0), sound(1), series(2), ("answer", codes("abc"))],
-            [("forecast", (series(3, 48)[1], torch.ones(12, 12)))],
-        ],
-        frozen: [[("image", [eyes]), ("audio", ears), ("answer", codes("abc"))]],
-    }
-    for net, batch in samples.items():
+    frozen = dataclasses.replace(SMALL, image_encoder=folders("dinov2"), audio_encoder=folders("whisper"))
+    image, ears = torch.from_numpy(pixels(1, 3, 32, 32)), torch.from_numpy(pixels(2, 9000)) / 255
+    ahead = [("forecast", (series(3, 48)[1], torch.ones(12, 12)))]
+    for net, batch in (
+        (copy.deepcopy(model).float(), [[picture(0), sound(1), series(2), ("answer", codes("abc"))], ahead]),
+        (randomise(ModRWKV(frozen)), [[("image", [image]), ("audio", ears), ("answer", codes("abc"))]]),
+    ):
         want = net.loss(batch).item()
         with pretend_gpu():
             net.to("cuda")
