@@ -6203,7 +6203,7 @@ CUDA |= dict(_lazy_init=None, synchronize=None, empty_cache=None, reset_peak_mem
 def forget_kernels():
     """What was compiled is looked for again, and what is missing is said again."""
     modrwkv.kernel.cache_clear()
-    modrwkv.warn_slow.cache_clear()
+    modrwkv.WARNED.clear()
 
 
 @contextlib.contextmanager
