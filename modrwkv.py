@@ -1840,7 +1840,7 @@ def load_weights(model, weights, path, new=(), original_name=same_name):
     for name, x in weights.items():
         if name in own and sizes(x) != sizes(own[name]):
             original, transposed = original_name(name)
-            given, wanted = (tuple(y.mT.shape if transposed else y.shape) for y in (x, own[name]))
+            given, wanted = (tuple(y.shape)[:: -1 if transposed else 1] for y in (x, own[name]))
             wrong.append(f"{original} has shape {given}, not {wanted}")
     if wrong:
         more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""

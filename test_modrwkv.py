@@ -4886,10 +4886,10 @@ def test_info(trained, tmp_path):
     contents = read_checkpoint(out)
     contents["config"]["image_encoder"] = "not/here"
     torch.save({"model": contents["model"], "config": contents["config"]}, tmp_path / "x.pt")
-    flags = "--info", "--template=v3", "--image_encoder=nor/there"
+    flags = "--info", "--template=v3", "--audio_encoder=mel"
     first, _, changed, _ = said(sample.main, f"--out_dir={tmp_path / 'x.pt'}", *flags).splitlines()
     assert first.endswith("takes text, image, audio") and "--template=v3" in changed
-    assert "--image_encoder=nor/there --audio_encoder=mel" in changed
+    assert "--image_encoder=not/here --audio_encoder=mel" in changed
     path, _ = released("WorldRWKV, pictures", tmp_path / "x.pth")
     lines = said(sample.main, f"--out_dir={path}", "--info").splitlines()
     assert lines[0].endswith("takes text, image") and "--image_encoder=siglip" in lines[2] and len(lines) == 4
@@ -5428,7 +5428,7 @@ def test_a_gpu_trains_resumes_and_answers_as_the_cpu_does(
     for name, value in dict(width=16, PATCH=4, LAYERS=2, HEADS=2, HIDDEN=24).items():
         monkeypatch.setattr(Timer, name, value)
     released_files.write("timer.safetensors", randomise(Timer(Config()), 5).state_dict())
-    encoder = folders(encoder) if encoder in modrwkv.HUB else encoder
+    encoder = folders(encoder) if encoder in modrwkv.FAMILIES else encoder
     if kind != "text":
         flags += f" --{kind}_encoder={encoder}"
     prompt, told, file = ASKED[kind]

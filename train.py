@@ -17,6 +17,7 @@ import json
 import math
 import os
 import random
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
@@ -142,6 +143,16 @@ def without_weights(model):
     frozen = [part for encoder in model.encoder.values() for part in getattr(encoder, "models", ())]
     tensors = [x for part in (model, *frozen) for x in itertools.chain(part.parameters(), part.buffers())]
     return copy.deepcopy(model, {id(x): x.detach().to("meta") for x in tensors})
+
+
+def start_worker(_):
+    """Ctrl-C is for the process that trains; what its end does to a worker is nothing to speak of."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = print_nothing  # errors in a batch go another way
+
+
+def print_nothing(*_):
+    pass
 
 
 class Batches(Dataset):
@@ -649,6 +660,7 @@ def main(argv=None):
         batch_size=None,
         sampler=range(first, s.max_steps),
         num_workers=workers,
+        worker_init_fn=start_worker,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),
     )
