@@ -403,7 +403,7 @@ def test_records_as_llava_writes_them(tmp_path, model):
 
 
 def test_records_are_told_by_what_a_file_holds(tmp_path, model):
-    """A list, one a line, a text, a byte order mark: against the record written; without private keys it is a sample."""
+    """A list, one a line, a text, a byte order mark: against the record written; without private keys, too."""
     record = talk("What?", "A thing.")
     contents = {"list.jsonl": json.dumps([record]), "lines.json": "\n" + json.dumps(record) + "\n"}
     for name, content in contents.items():
@@ -463,7 +463,7 @@ def test_wkv7_is_the_formula(function, T, with_state, infinite):
 
 
 def wkv7_inputs(T, N, fastest, mixed, transition, with_state, seed, scale=1.0, infinite=0.0, dtype=torch.float32, H=2):
-    """[r, w, k, v, a, b(, state)]: decays -fastest, or mixed: log-uniform between 1e-6 and fastest; a share infinite."""
+    """[r, w, k, v, a, b(, state)]: decays -fastest, or mixed: log-uniform from 1e-6 to fastest; a share infinite."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
@@ -960,7 +960,7 @@ def gpus(tmp_path, monkeypatch):
 
 
 def test_gpu_kernel_is_compiled_by_a_package_of_pip(gpus, cuda, tmp_path, monkeypatch, capsys):
-    """Where there is no nvcc but that of cuda-toolkit; here a script that gives the library that runs CUDA on the CPU."""
+    """Where there is no nvcc but that of cuda-toolkit; here a script that gives the library for the CPU."""
     script = f'#!/bin/sh\nPATH=/usr/bin:/bin\necho "$@" >> {tmp_path}/calls\nfor last; do :; done\n'
     folder = tmp_path / "site" / "nvidia" / "cu13" / "bin"
     folder.mkdir(parents=True)
@@ -1114,7 +1114,7 @@ def loop(x, s0, dy, dsT, dtype=torch.float64):
 
 
 def check(found, *problem):
-    """Against float64: 2e-6 of the norm in float32 (ds0 at fast decays: twice the float32 loop's); rounding in 16 bits."""
+    """Against float64: 2e-6 of the norm in float32 (ds0 at fast decays: twice the float32 loop's); rounding in 16."""
     for name, x, e, e32 in zip(RESULTS, found, loop(*problem), loop(*problem, F32), strict=True):
         if x is None:
             continue
