@@ -31,6 +31,7 @@ import time
 import zipfile
 import zlib
 from collections import Counter, defaultdict
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock, patch
@@ -4680,6 +4681,9 @@ def test_workers_change_nothing_and_name_the_record(counting, tmp_path):
     learn(tmp_path / "2", counting, *flags, "--max_steps=4", "--num_workers=2")
     said(train.main, "--resume", f"--out_dir={tmp_path / '2'}", "--max_steps=9")
     assert same_log(tmp_path / "0", tmp_path / "2")
+    batches = train.Batches(read_records(counting[0]), train.Train(batch_size=8), load(tmp_path / "0"))
+    copied = pickle.loads(ForkingPickler.dumps(batches))  # as where processes are spawned, not forked
+    assert torch.equal(copied[3][0].rows, batches[3][0].rows) and torch.equal(copied[3][0].ids, batches[3][0].ids)
     bad = jsonl(tmp_path / "bad.jsonl", talk("<image>?", "a", image="gone.png"), talk("?", "a"))
     message = refusal(learn, tmp_path / "bad", (bad, counting[1]), "--max_steps=9", "--num_workers=2")
     assert "bad.jsonl, line 1" in message and "gone.png" in message
