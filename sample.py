@@ -134,7 +134,7 @@ class Chat:
         self.state = None
 
     def ask(self, prompt, image=None, audio=None, series=None, stream=False, raw=False, **sampling):
-        """The answer to a prompt about media, each one or a list of several, or, with stream, an iterator of its pieces.
+        """The answer to a prompt about media, each one or a list, or, with stream, an iterator of its pieces.
 
         Args:
             prompt: str; media without a placeholder <image>, <audio> or <series> in it go before it

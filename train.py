@@ -403,7 +403,7 @@ def reset_peak_memory(device):
 
 
 def try_longest(objective, batches, scaler, amp, device):
-    """Forward and backward of the longest micro-batch there can be, which changes nothing; says how much memory it took."""
+    """Forward and backward of the longest micro-batch there can be, which changes nothing; a line about its memory."""
     reset_peak_memory(device)
     before = peak_memory(device)
     with memory_advice():
