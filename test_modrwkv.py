@@ -4696,6 +4696,31 @@ def test_workers_change_nothing_and_name_the_record(counting, tmp_path):
     assert "bad.jsonl, line 1" in message and "gone.png" in message
 
 
+@pytest.mark.parametrize("muon", [False, True])
+def test_what_was_never_trained_has_no_moments_after_resuming(muon):
+    """Against the states before: AdamW counts a parameter's steps, so that a state too many is another first step."""
+
+    def new():
+        model = ModRWKV(Config(n_layer=1, n_embd=32, head_size=16))
+        groups = modrwkv.parameter_groups(model, 0.1, muon=muon)
+        optimizers = [torch.optim.AdamW(groups[:3])]
+        optimizers += [torch.optim.Muon([group], adjust_lr_fn="match_rms_adamw") for group in groups[3:]]
+        names = {p: name for name, p in model.named_parameters()}
+        return model, optimizers, lambda: {names[p]: x for o in optimizers for p, x in o.state.items()}
+
+    model, optimizers, states = new()
+    model.loss([[("answer", codes("text"))]]).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    saved = train.state_dicts.get_optimizer_state_dict(model, optimizers, options=train.WHOLE)
+    other, resumed, states_then = new()
+    train.load_optimizer_state(other, resumed, saved)
+    assert states().keys() == states_then().keys() and not any("image" in name for name in states())
+    for name, state in states().items():
+        then = states_then()[name]
+        assert all(torch.equal(torch.as_tensor(x), torch.as_tensor(then[key])) for key, x in state.items())
+
+
 def test_compiled_blocks_learn_the_same(digits, tmp_path, monkeypatch):
     """Against eager blocks; the compilations of a run with all lengths of data/digits are counted, not their speed."""
     compile_module, counters = torch.nn.Module.compile, torch._dynamo.utils.counters
