@@ -391,7 +391,7 @@ def peak_memory(device):
         return torch.cuda.max_memory_allocated(device)
     with contextlib.suppress(OSError), open("/proc/self/status") as f:
         return 1024 * int(f.read().split("VmHWM:")[1].split()[0])
-    return 0
+    return 0  # not known: no Linux
 
 
 def reset_peak_memory(device):
@@ -413,10 +413,12 @@ def try_longest(objective, batches, scaler, amp, device):
     objective.zero_grad(set_to_none=True)
     moments = sum(p.numel() for p in objective.parameters() if p.requires_grad) * 8 / 2**30
     if device.type == "cuda":
-        took = f"{peak_memory(device) / 2**30:.2f} GiB of {torch.cuda.mem_get_info(device)[1] / 2**30:.1f}"
+        took = f"took {peak_memory(device) / 2**30:.2f} GiB of {torch.cuda.mem_get_info(device)[1] / 2**30:.1f}"
+    elif before:
+        took = f"took {(peak_memory(device) - before) / 2**30:.2f} GiB more than before"
     else:
-        took = f"{(peak_memory(device) - before) / 2**30:.2f} GiB more than before"
-    return f"memory: the longest micro-batch took {took}; the optimizer adds {moments:.2f}"
+        took = "fits (what it took is not known here)"
+    return f"memory: the longest micro-batch {took}; the optimizer adds {moments:.2f} GiB"
 
 
 def load_optimizer_state(model, optimizers, state):
@@ -489,10 +491,8 @@ class Log:
                     "the last checkpoint is kept"
                 )
             self.loss_ema = loss if self.loss_ema is None else 0.95 * self.loss_ema + 0.05 * loss
-            finite = (
-                norm if math.isfinite(norm) else None
-            )  # float16's first steps, while its scale is found, are skipped
-            self.write(**entry | {"loss": loss, "grad_norm": finite})
+            # an infinite norm: float16's first steps are skipped until its scale is found
+            self.write(**entry | {"loss": loss, "grad_norm": norm if math.isfinite(norm) else None})
 
 
 @torch.no_grad()
