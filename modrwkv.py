@@ -84,12 +84,15 @@ import itertools
 import math
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
+import zipfile
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -477,11 +480,16 @@ def wkv7(r, w, k, v, a, b, state=None, w_min=-math.inf):
 
 
 def token_shift(x, last, lengths):
-    """x (B, T, C) -> the token before each (B, T, C), the last real one (B, C). last: the one before x; None: zeros."""
+    """
+    x (B, T, C) -> the token before each (B, T, C), the last real one (B, C), which is `last` where lengths is 0.
+
+    last: (B, C), the one before x, or None for zeros.
+    """
     x_prev = F.pad(x, (0, 0, 1, -1)) if last is None else torch.cat([last[:, None].to(x.dtype), x[:, :-1]], 1)
     if lengths is None:
         return x_prev, x[:, -1].clone()  # a view would hold all of x in memory
-    return x_prev, x[torch.arange(len(x), device=x.device), lengths - 1]
+    new = x[torch.arange(len(x), device=x.device), (lengths - 1).clamp(min=0)]
+    return x_prev, new if last is None else torch.where(lengths[:, None] > 0, new, last.to(x.dtype))
 
 
 def padding_mask(T, lengths):
@@ -577,10 +585,10 @@ class TimeMix7(nn.Module):
             mask = padding_mask(T, lengths)
             w, k_in, b = w * mask, k * mask, b * mask
         y, state = wkv7(r, w, k_in, v, a, b, state, w_min=-0.607)  # 17: (B, T, H, N), and wkv_T (B, H, N, N)
-        y = self.ln_x(y.reshape(B * T, C)).view(B, T, C)  # 21, first term
+        y = self.ln_x(y.reshape(B * T, C).to(self.ln_x.weight.dtype)).view(B, T, C)  # 21, first term
         bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v  # 20: u_t = (r_t (rho * k-tilde_t)^T) v_t, (B, T, H, N)
         p = y + bonus.view(B, T, C)  # 21: p_t, (B, T, C)
-        return self.output(p * g), v_first, last, state  # 22: o_t = (g_t * p_t) W_o, (B, T, C)
+        return self.output((p * g).to(x.dtype)), v_first, last, state  # 22: o_t = (g_t * p_t) W_o, (B, T, C)
 
 
 class ChannelMix7(nn.Module):
@@ -650,8 +658,9 @@ class TimeMix5(nn.Module):
         r_next = F.pad(r[:, 1:], (0, 0, 0, 0, 0, 1))
         y, state = wkv7(r_next, w, k, v, zero, zero, state)  # S_t r_{t+1}, (B, T, H, N)
         y = torch.cat([first[:, None], y[:, :-1]], 1) + bonus  # [3], 2 and 9: r_t wkv_t, (B, T, H, N)
-        y = self.ln_x(y.reshape(B * T, C)).view(B, T, C)
-        return self.output(y * F.silu(self.gate(xg))), v_first, last, state  # [3], 3: o_t, (B, T, C)
+        y = self.ln_x(y.reshape(B * T, C).to(self.ln_x.weight.dtype)).view(B, T, C)
+        o = self.output((y * F.silu(self.gate(xg))).to(x.dtype))  # [3], 3: o_t, (B, T, C)
+        return o, v_first, last, state
 
 
 class TimeMix6(TimeMix5):
@@ -738,11 +747,12 @@ class Block(nn.Module):
         Args: x (B, T, C); v_first as TimeMix7's; state: (last token of ln1, S, last token of ln2), None at the start.
         Returns: x; v_first where it is made, else None: FSDP takes what a block returns for the block's own; state.
         """
+        dtype = self.att.output.weight.dtype  # of matrices; norms and the sums x are float32
         if hasattr(self, "ln0"):
-            x = self.ln0(x)
-        y, v, x_att, S = self.att(self.ln1(x), v_first, state[0], state[1], lengths)
+            x = self.ln0(x.to(self.ln0.weight.dtype))
+        y, v, x_att, S = self.att(self.ln1(x).to(dtype), v_first, state[0], state[1], lengths)
         x = x + y
-        y, x_ffn = self.ffn(self.ln2(x), state[2], lengths)
+        y, x_ffn = self.ffn(self.ln2(x).to(dtype), state[2], lengths)
         return x + y, v if v_first is None else None, (x_att, S, x_ffn)
 
 
@@ -1347,6 +1357,8 @@ class SpeechAdapter(Adapter):
 SOURCE = {"answer": "text", "forecast": "series"}  # what a segment is made of, where its kind does not say so
 SCANS = {"uni": 1, "bi": 2, "multi": 4}  # so many orders take turns from layer to layer: forward, backward, down, up
 VOCAB_SIZES = {"bytes": 260, "gpt2": 50257}  # of tokenizers; RWKV World's: 65536
+PIECE = 512  # vectors that are read at once without gradients
+TRACE_AFTER = 100  # steps: by then a trace would have saved about what it costs
 
 
 def scan(span, window_ends, columns):
@@ -1564,21 +1576,27 @@ class ModRWKV(nn.Module):
         # 1. Count what is where, on the CPU
         batch = self.collate(samples).to(self.emb.weight.device)
         # 2. Encode all media of a kind at once
-        vectors = [self.emb(batch.ids)]  # (n, C)
+        vectors = [self.emb(batch.ids), *self.encode(batch)]  # (n, C), (L', C) ...
+        # 3. Place all of them by one gather
+        x = gather(vectors, batch.rows)  # (B, T, C)
+        return x, batch.labels, batch.lengths, batch.orders
+
+    def encode(self, batch):
+        """The vectors (L', C) of all media of a kind, for each kind that a Batch has."""
+        vectors = []
         for kind, (n, encoder_inputs, adapter_inputs) in batch.media.items():
             features = self.encoder[kind](*encoder_inputs)  # (L, width)
             if self.cls(kind) == "last":
                 features = features.unflatten(0, (n, -1)).roll(-1, 1).flatten(0, 1)
             vectors.append(self.adapter[kind](features, *adapter_inputs))  # (L', C)
-        # 3. Place all of them by one gather
-        x = gather(vectors, batch.rows)  # (B, T, C)
-        return x, batch.labels, batch.lengths, batch.orders
+        return vectors
 
     def backbone(self, x, state=None, lengths=None, orders=(None,)):
-        """(B, T, C) into the blocks -> (B, T, C) out of ln_out, and the new state."""
+        """(B, T, C) into the blocks -> (B, T, C) out of ln_out, and the new state. A state of one sample serves B."""
         v_first, new = None, []
+        state = self.fit_state(state, len(x)) if state else [(None, None, None)] * len(self.blocks)
         backs = [None if order is None else order.argsort(1) for order in orders]
-        for layer, (block, s) in enumerate(zip(self.blocks, state or [(None, None, None)] * len(self.blocks))):
+        for layer, (block, s) in enumerate(zip(self.blocks, state)):
             order, back = orders[layer % len(orders)], backs[layer % len(orders)]
             if self.checkpoint_activations and torch.is_grad_enabled():
                 block = functools.partial(checkpoint, block, use_reentrant=False)
@@ -1590,7 +1608,18 @@ class ModRWKV(nn.Module):
                 x, _, s = block(reorder(x, order), v, s, lengths)
                 x = reorder(x, back)
             new.append(s)
-        return self.ln_out(x), new
+        return self.ln_out(x).to(self.emb.weight.dtype), new
+
+    def fit_state(self, state, B):
+        """A state for B samples, of B or of one. Raises InputError if it is another model's, or of another number."""
+        n, *shape = state[0][1].shape
+        att = self.blocks[0].att
+        if len(state) != len(self.blocks) or shape != [att.H, att.N, att.N]:
+            given = f"{len(state)} layers of {shape[0]} heads of {shape[1]}"
+            raise InputError(f"the state is another model's: it has {given}")
+        if n not in (1, B):
+            raise InputError(f"a state of {n} samples does not fit {B} samples")
+        return state if n == B else [tuple(x.expand(B, *x.shape[1:]) for x in s) for s in state]
 
     def forward(self, idx, state=None):
         """
@@ -1647,41 +1676,143 @@ class ModRWKV(nn.Module):
             recent = [F.pad(x[-n:], (max(0, n - len(x)), 0), value=math.nan) for x in series]
             deviations = [scale or x[x.isfinite()].std(correction=0) for x in series]
             points, means, deviations = zip(*(normalise(x, scale=d) for x, d in zip(recent, deviations)))
-            x, *_ = self.fuse([[("series", p)] for p in points])
-            y = self.forecast_head(self.backbone(x)[0][:, -1]).cpu().double()
+            x, _ = self.read([[("series", p)] for p in points])
+            y = self.forecast_head(x).cpu().double()
             means, deviations = torch.tensor([means, deviations], dtype=torch.float64)[..., None]
             ahead.append(y * deviations + means)
             series = [torch.cat([x, y]) for x, y in zip(series, ahead[-1])]
         return torch.cat(ahead, 1)[:, :horizon]
 
     @torch.inference_mode()
-    def generate(self, samples, state=None, max_new_tokens=256, temperature=0.0, top_k=0, top_p=1.0, seed=0, end=(0,)):
-        """Continues a batch of samples (lists of segments), each until a token of `end` or max_new_tokens.
+    def read(self, samples, state=None):
+        """
+        Reads samples in pieces of about PIECE vectors, so that memory does not grow with their length.
 
-        temperature 0 is greedy. Each sample has its own random numbers, so no answer depends on its neighbours.
+        Args: as forward's.
+        Returns: (B, C), what ln_out gives at the last token of each sample; each sample's state.
+        """
+        batch = self.collate(samples)
+        cuts, T = self.cuts(batch.orders, batch.rows.shape[1]), batch.rows.shape[1]
+        padded = bool((batch.lengths < T).any())
+        batch, hidden = batch.to(self.emb.weight.device), None
+        vectors = self.encode(batch)
+        for start, end in itertools.pairwise(cuts):
+            x = self.embed(batch.ids, vectors, batch.rows[:, start:end])  # (B, end - start, C)
+            lengths = (batch.lengths - start).clamp(0, end - start) if padded else None
+            orders = [None if order is None else order[:, start:end] - start for order in batch.orders]
+            y, state = self.backbone(x, state, lengths, orders)
+            _, hidden = token_shift(y, hidden, lengths)
+        return hidden, state
+
+    def cuts(self, orders, T):
+        """Where `read` cuts T positions: not inside a picture whose vectors are read in several `orders`."""
+        farthest = np.arange(T)  # the last position that is read by then, of any sample in any order
+        for order in orders[1:]:
+            farthest = np.maximum(farthest, np.maximum.accumulate(order.cpu().numpy(), 1).max(0))
+        cuts, last = [0], 0
+        for end in np.flatnonzero(farthest == np.arange(T)) + 1:
+            if end - cuts[-1] > PIECE and last > cuts[-1]:
+                cuts.append(last)
+            last = int(end)
+        return [*cuts, T]
+
+    def embed(self, ids, vectors, rows):
+        """Step 3 of `fuse` for some of Batch.rows: only their tokens are embedded."""
+        n = len(ids)
+        x = gather(vectors, (rows - n).clamp(min=0)) if vectors else 0
+        if not n:
+            return x
+        is_text = ((rows > 0) & (rows <= n))[..., None]
+        return torch.where(is_text, self.emb(ids[(rows - 1).clamp(0, n - 1)]), x)
+
+    def step(self, tokens, state):
+        """Tokens (B,) -> (B, C) out of ln_out, and the new state."""
+        x, state = self.backbone(self.emb(tokens)[:, None], state)
+        return x[:, 0], tuple(state)
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        samples,
+        state=None,
+        max_new_tokens=256,
+        temperature=0.0,
+        top_k=0,
+        top_p=1.0,
+        presence_penalty=0.0,
+        frequency_penalty=0.0,
+        penalty_decay=0.996,
+        seed=0,
+        end=(0,),
+        step=None,
+    ):
+        """
+        Continues a batch of samples, each until a token of `end` or max_new_tokens.
+
+        Args:
+            samples: lists of segments, after `state`; or what `read` returned
+            temperature, top_k, top_p: see sample_token
+            presence_penalty, frequency_penalty: taken from a token's logit where it was generated before, and for each
+                time it was, which counts less by penalty_decay with each token since (ChatRWKV's alpha_presence,
+                alpha_frequency, alpha_decay, https://github.com/BlinkDL/ChatRWKV/blob/main/API_DEMO_CHAT.py)
+            seed: of the random numbers that each sample has of its own, so that no answer depends on its neighbours;
+                or a list of one a sample
+            step: a faster self.step: traced_step(self) or compiled_step(self)
         Yields: at each step the list of new tokens, None for samples that ended; send() may answer which are done.
         Returns (as StopIteration.value): for a batch of one, the state after its last token, or before one of `end`.
         """
         if max_new_tokens < 1:
             raise InputError(f"max_new_tokens={max_new_tokens} leaves no room for an answer")
-        device, B = self.emb.weight.device, len(samples)
-        rngs = [torch.Generator(device).manual_seed(seed) for _ in samples]
-        x, _, lengths, orders = self.fuse(samples)
-        x, state = self.backbone(x, state, lengths, orders)
-        x = x[torch.arange(B, device=device), lengths - 1]
-        done = [False] * B
-        for step in range(max_new_tokens):
+        x, state = samples if isinstance(samples, tuple) else self.read(samples, state)
+        device, B = x.device, len(x)
+        seeds = seed if isinstance(seed, list) else [seed] * B
+        rngs = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        counts, done = torch.zeros(B, len(self.head.weight), device=device), [False] * B
+        step = step or self.step
+        for n in range(1, max_new_tokens + 1):
             logits = self.head(x).float()
+            if presence_penalty or frequency_penalty:
+                logits = logits - (counts > 0) * presence_penalty - counts * frequency_penalty
             tokens = torch.stack([sample_token(z, temperature, top_k, top_p, rng) for z, rng in zip(logits, rngs)])
+            if presence_penalty or frequency_penalty:
+                counts = (penalty_decay * counts).scatter_add(1, tokens[:, None], torch.ones_like(counts[:, :1]))
             new = [None if rests else token for rests, token in zip(done, tokens.tolist())]
             stopped = (yield new) or [False] * B
             done = [token is None or token in end or stops for token, stops in zip(new, stopped)]
-            if all(done) or step == max_new_tokens - 1:
+            if all(done) or n == max_new_tokens:
                 break
-            x, state = self.backbone(self.emb(tokens)[:, None], state)
-            x = x[:, 0]
+            x, state = step(tokens, state)
         if B == 1:
-            return state if new[0] in end else self.backbone(self.emb(tokens)[:, None], state)[1]
+            return state if new[0] in end else self.step(tokens, state)[1]
+
+
+def traced_step(model):
+    """model.step as a trace of TorchScript, made when it has been called TRACE_AFTER times: without Python between its
+    operations a small model's step takes half as long. For a CPU, and for parameters that stay where they are."""
+    step, calls = model.step, 0
+
+    def call(tokens, state):
+        nonlocal step, calls
+        calls, state = calls + 1, tuple(state)
+        if calls == TRACE_AFTER:
+            with warnings.catch_warnings(), contextlib.suppress(Exception):  # TorchScript is deprecated, and may go
+                warnings.simplefilter("ignore")
+                step = torch.jit.trace_module(model, {"step": (tokens, state)}, check_trace=False).step
+        return step(tokens, state)
+
+    return call
+
+
+def compiled_step(model):
+    """model.step by torch.compile with CUDA graphs: one launch for all that it does."""
+    step = torch.compile(model.step, fullgraph=True, mode="reduce-overhead")
+
+    def call(tokens, state):
+        torch.compiler.cudagraph_mark_step_begin()
+        x, state = step(tokens, tuple(state))
+        return x.clone(), [tuple(y.clone() for y in s) for s in state]  # the graph writes over its outputs
+
+    return call
 
 
 def sample_token(logits, temperature, top_k, top_p, generator):
@@ -1760,11 +1891,13 @@ def save(path, model, **more):
     write(path, {"model": model.state_dict(), "config": dataclasses.asdict(model.config), **more})
 
 
-def read_file(path):
-    """What a .pt or .pth file holds, or the ckpt.pt of a folder."""
+def read_file(path, mmap=False):
+    """What a .pt or .pth file holds, or the ckpt.pt of a folder. mmap: tensors are the file's pages, read when needed;
+    the file may be replaced by another, but not written to."""
     path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        mmap = mmap and zipfile.is_zipfile(path)  # not torch's format from before 2020
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError as e:
         raise InputError(f"cannot read the checkpoint {path}: {e.strerror or e}") from e
     except Exception as e:  # pickle's, zipfile's and torch's own: whatever it is, these bytes are no checkpoint
@@ -1787,9 +1920,9 @@ def same_name(name):
     return name, False
 
 
-def model_from_checkpoint(data, path, **changes):
+def model_from_checkpoint(data, path, dtype=torch.float32, **changes):
     """The model of a checkpoint's contents; sizes are read off the tensors, `changes` go into its config. What belongs
-    to an encoder that is changed to none is left out."""
+    to an encoder that is changed to none is left out. dtype: see load."""
     parts = {kind: [f"encoder.{kind}.", f"adapter.{kind}."] for kind in MEDIA}
     parts["series"].append("forecast_head.")
     unused = [f"blocks.0.att.v{i}" for i in "012"]
@@ -1824,7 +1957,18 @@ def model_from_checkpoint(data, path, **changes):
     fresh = [part for part in itertools.chain(*parts.values()) if not any(name.startswith(part) for name in weights)]
     new = [name for name in model.state_dict() if name.startswith(tuple(fresh))]  # it may be given encoders
     load_weights(model, weights, path, new, original_name)
-    return model.float()
+    return to_precision(model, weights["emb.weight"].dtype if dtype == "auto" else dtype)
+
+
+def to_precision(model, dtype):
+    """The model in a dtype, all but what float32 is needed for: norms and decays."""
+    sensitive = re.compile(r"(blocks\.\d+\.(att\.)?)?ln(\d|_x|_out)\..*|blocks\.\d+\.att\.(w0|time_decay)")
+    keep = {name: p for name, p in model.named_parameters() if sensitive.fullmatch(name)}
+    kept = {name: p.detach().float() for name, p in keep.items()}
+    model.to(dtype)
+    for name, p in keep.items():
+        p.data = kept[name]
+    return model
 
 
 def load_weights(model, weights, path, new=(), original_name=same_name):
@@ -1849,18 +1993,19 @@ def load_weights(model, weights, path, new=(), original_name=same_name):
     model.load_state_dict(weights, strict=not new, assign=any(x.is_meta for x in own.values()))
 
 
-def load(path, device="cpu", **changes):
+def load(path, device="cpu", dtype="auto", **changes):
     """A model ready to answer, from a checkpoint of train.py (or its folder) or BlinkDL's .pth of RWKV-5.2, 6 or 7;
     data/released.py reads others. Untrusted files are safe.
 
+    dtype: torch.float32, bfloat16 or float16; "auto" is the file's own. State, norms and decays are float32 in any.
     changes: settings of Config to override, e.g. image_encoder="none" for the language model alone.
     Raises InputError if the file cannot be read or does not fit, naming what is missing or too much.
     """
-    data = own_checkpoint(read_file(path), path)
+    data = own_checkpoint(read_file(path, mmap=True), path)
     if not data:
         others = "data.released.load reads other released models"
         raise InputError(f"{path} is neither a checkpoint of train.py nor BlinkDL's; {others}")
-    return model_from_checkpoint(data, path, **changes).to(device).eval()
+    return model_from_checkpoint(data, path, dtype, **changes).to(device).eval()
 
 
 # ----------------------------------------------------------------------------------------------
