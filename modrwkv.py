@@ -588,7 +588,7 @@ class TimeMix7(nn.Module):
         y = self.ln_x(y.reshape(B * T, C).to(self.ln_x.weight.dtype)).view(B, T, C)  # 21, first term
         bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v  # 20: u_t = (r_t (rho * k-tilde_t)^T) v_t, (B, T, H, N)
         p = y + bonus.view(B, T, C)  # 21: p_t, (B, T, C)
-        return self.output((p * g).to(x.dtype)), v_first, last, state  # 22: o_t = (g_t * p_t) W_o, (B, T, C)
+        return self.output(p * g), v_first, last, state  # 22: o_t = (g_t * p_t) W_o, (B, T, C)
 
 
 class ChannelMix7(nn.Module):
@@ -659,8 +659,7 @@ class TimeMix5(nn.Module):
         y, state = wkv7(r_next, w, k, v, zero, zero, state)  # S_t r_{t+1}, (B, T, H, N)
         y = torch.cat([first[:, None], y[:, :-1]], 1) + bonus  # [3], 2 and 9: r_t wkv_t, (B, T, H, N)
         y = self.ln_x(y.reshape(B * T, C).to(self.ln_x.weight.dtype)).view(B, T, C)
-        o = self.output((y * F.silu(self.gate(xg))).to(x.dtype))  # [3], 3: o_t, (B, T, C)
-        return o, v_first, last, state
+        return self.output(y * F.silu(self.gate(xg))), v_first, last, state  # [3], 3: o_t, (B, T, C)
 
 
 class TimeMix6(TimeMix5):
@@ -747,12 +746,11 @@ class Block(nn.Module):
         Args: x (B, T, C); v_first as TimeMix7's; state: (last token of ln1, S, last token of ln2), None at the start.
         Returns: x; v_first where it is made, else None: FSDP takes what a block returns for the block's own; state.
         """
-        dtype = self.att.output.weight.dtype  # of matrices; norms and the sums x are float32
         if hasattr(self, "ln0"):
             x = self.ln0(x.to(self.ln0.weight.dtype))
-        y, v, x_att, S = self.att(self.ln1(x).to(dtype), v_first, state[0], state[1], lengths)
+        y, v, x_att, S = self.att(self.ln1(x), v_first, state[0], state[1], lengths)
         x = x + y
-        y, x_ffn = self.ffn(self.ln2(x).to(dtype), state[2], lengths)
+        y, x_ffn = self.ffn(self.ln2(x), state[2], lengths)
         return x + y, v if v_first is None else None, (x_att, S, x_ffn)
 
 
@@ -1596,19 +1594,22 @@ class ModRWKV(nn.Module):
         v_first, new = None, []
         state = self.fit_state(state, len(x)) if state else [(None, None, None)] * len(self.blocks)
         backs = [None if order is None else order.argsort(1) for order in orders]
-        for layer, (block, s) in enumerate(zip(self.blocks, state)):
-            order, back = orders[layer % len(orders)], backs[layer % len(orders)]
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                block = functools.partial(checkpoint, block, use_reentrant=False)
-            if order is None:
-                x, v, s = block(x, v_first, s, lengths)
-                v_first = v if v_first is None else v_first
-            else:  # the residual stream keeps its order between the layers
-                v = None if v_first is None else reorder(v_first, order)  # RWKV-5 and 6 have none
-                x, _, s = block(reorder(x, order), v, s, lengths)
-                x = reorder(x, back)
-            new.append(s)
-        return self.ln_out(x).to(self.emb.weight.dtype), new
+        dtype = self.emb.weight.dtype  # of matrices in 16 bits the products are in 16 bits, all else is in 32
+        mixed = torch.autocast(x.device.type, dtype) if dtype.itemsize == 2 else contextlib.nullcontext()
+        with mixed:
+            for layer, (block, s) in enumerate(zip(self.blocks, state)):
+                order, back = orders[layer % len(orders)], backs[layer % len(orders)]
+                if self.checkpoint_activations and torch.is_grad_enabled():
+                    block = functools.partial(checkpoint, block, use_reentrant=False)
+                if order is None:
+                    x, v, s = block(x, v_first, s, lengths)
+                    v_first = v if v_first is None else v_first
+                else:  # the residual stream keeps its order between the layers
+                    v = None if v_first is None else reorder(v_first, order)  # RWKV-5 and 6 have none
+                    x, _, s = block(reorder(x, order), v, s, lengths)
+                    x = reorder(x, back)
+                new.append(s)
+        return self.ln_out(x).to(dtype), new
 
     def fit_state(self, state, B):
         """A state for B samples, of B or of one. Raises InputError if it is another model's, or of another number."""
