@@ -20,11 +20,12 @@ from dataclasses import dataclass
 
 import torch
 
+from data.answers import ask, generate_text
 from data.media import check_media, media_list, read_series
 from data.records import question, read_records
 from data.released import load, read_checkpoint
-from data.scores import ask, benchmark, draw_forecasts, report, score
-from data.text import generate_text, get_tokenizer
+from data.scores import benchmark, draw_forecasts, report, score
+from data.text import get_tokenizer
 from modrwkv import MEDIA, Config, InputError, check_settings, model_from_checkpoint, setting
 
 

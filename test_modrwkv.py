@@ -57,6 +57,7 @@ from data import ablate
 from data import records as data_records
 from data import released as released_files
 from data import scores as data_scores
+from data.answers import generate_text
 from data.media import (
     LOADERS,
     cache_features,
@@ -79,7 +80,7 @@ from data.records import (
     record_turns,
 )
 from data.released import convert, load, read_checkpoint
-from data.text import PROMPT_STYLES, SHORT_ANSWER, TEMPLATES, conversation, generate_text, get_tokenizer
+from data.text import PROMPT_STYLES, SHORT_ANSWER, TEMPLATES, conversation, get_tokenizer
 from modrwkv import (
     Adapter,
     Config,
