@@ -481,15 +481,16 @@ def wkv7(r, w, k, v, a, b, state=None, w_min=-math.inf):
 
 def token_shift(x, last, lengths):
     """
-    x (B, T, C) -> the token before each (B, T, C), the last real one (B, C), which is `last` where lengths is 0.
+    x (B, T, C) -> the token before each (B, T, C), the last real one (B, C), which is `last` where there is none.
 
     last: (B, C), the one before x, or None for zeros.
     """
     x_prev = F.pad(x, (0, 0, 1, -1)) if last is None else torch.cat([last[:, None].to(x.dtype), x[:, :-1]], 1)
     if lengths is None:
         return x_prev, x[:, -1].clone()  # a view would hold all of x in memory
+    last = x.new_zeros(()) if last is None else last.to(x.dtype)
     new = x[torch.arange(len(x), device=x.device), (lengths - 1).clamp(min=0)]
-    return x_prev, new if last is None else torch.where(lengths[:, None] > 0, new, last.to(x.dtype))
+    return x_prev, torch.where(lengths[:, None] > 0, new, last)
 
 
 def padding_mask(T, lengths):

@@ -126,17 +126,33 @@ def record_media(record):
     return [(kind, in_folder(record, files[kind].pop(0))) for kind in kinds]
 
 
+@contextlib.contextmanager
+def located(at):
+    """Errors inside begin with where a record is."""
+    try:
+        yield
+    except InputError as e:
+        raise InputError(f"{at}: {e}" if at else str(e)) from e
+
+
 def segments(model, turns, media, first=True, at=""):
     """The segments of turns [(question, answer or None)] about media [(kind, path)]; errors begin with `at`."""
-    try:
+    media = media_segments(model, media, at)
+    with located(at):
+        return conversation(model.config, turns, iter(media), first)
+
+
+def media_segments(model, media, at=""):
+    """[(kind, what the model's encoder takes)] of media [(kind, path)]."""
+    found = []
+    with located(at):
         for kind, path in media:
             if kind not in model.encoder:
                 name = path if isinstance(path, str | os.PathLike) else kind
                 flag = f"--{kind}_encoder={next(iter(ENCODERS[kind]))}"
                 raise InputError(f"{name}: this model has no {kind} encoder; train one with {flag}")
-        return conversation(model.config, turns, ((kind, read_media(model, kind, path)) for kind, path in media), first)
-    except InputError as e:
-        raise InputError(f"{at}: {e}" if at else str(e)) from e
+            found.append((kind, read_media(model, kind, path)))
+    return found
 
 
 def read_media(model, kind, path):
