@@ -111,19 +111,22 @@ class InputError(ValueError):
     """Something the user gave cannot be used; the message is one sentence that says what and why."""
 
 
-def setting(default, help, choices=(), least=None):
+def setting(default, help, choices=(), least=-math.inf, most=math.inf):
     """A field of Config or of a script's flags: its help, and what it may be (see check_settings)."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "least": least})
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, least=least, most=most))
 
 
 def check_settings(settings):
-    """Raises InputError unless each setting is one of its choices and at least its least value."""
+    """Raises InputError unless each setting is one of its choices, or a finite number from least to most."""
     for f in dataclasses.fields(settings):
-        value, choices, least = getattr(settings, f.name), f.metadata["choices"], f.metadata["least"]
+        value, choices, least, most = getattr(settings, f.name), *(f.metadata[k] for k in ("choices", "least", "most"))
         if choices and value not in choices:
             raise InputError(f"{f.name}={value} is not one of {', '.join(map(str, choices))}")
-        if least is not None and value < least:
-            raise InputError(f"{f.name}={value} is not at least {least}")
+        if isinstance(value, int | float) and not (math.isfinite(value) and least <= value <= most):
+            limits = (
+                "finite" if least == -most else f"at least {least}" if most == math.inf else f"from {least} to {most}"
+            )
+            raise InputError(f"{f.name}={value} is not {limits}")
 
 
 @dataclass

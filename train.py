@@ -31,6 +31,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from data.answers import ask
+from data.flags import find_device, flags
 from data.records import (
     cache_media,
     data_set,
@@ -56,7 +58,6 @@ from modrwkv import (
     setting,
     write,
 )
-from sample import ask, find_device, flags
 
 
 @dataclass

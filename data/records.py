@@ -189,6 +189,12 @@ def record_sample(model, record):
 
 def question(model, prompt, media=(), first=True):
     """The segments that ask `prompt` about media [(kind, path)]; those without a placeholder <image> go before it."""
+    prompt, media = place(prompt, media)
+    return segments(model, [(prompt, None)], media, first)
+
+
+def place(prompt, media):
+    """A prompt with a placeholder for each of media [(kind, path)], and these in their order."""
     files = {kind: [file for file in media if file[0] == kind] for kind in MEDIA}
     if sum(map(len, files.values())) < len(media):
         raise InputError("media are pairs (kind, path), of kind image, audio or series")
@@ -197,8 +203,7 @@ def question(model, prompt, media=(), first=True):
         if missing < 0:
             raise InputError(f"the prompt has {-missing} <{kind}> more than there are {kind} files")
         prompt = f"<{kind}>\n" * missing + prompt
-    media = [files[mark[1:-1]].pop(0) for mark in PLACEHOLDER.findall(prompt)]
-    return segments(model, [(prompt, None)], media, first)
+    return prompt, [files[mark[1:-1]].pop(0) for mark in PLACEHOLDER.findall(prompt)]
 
 
 def rough_length(model, record, ctx_len):
