@@ -54,6 +54,7 @@ import modrwkv
 import sample
 import train
 from data import ablate
+from data import batches as data_batches
 from data import records as data_records
 from data import released as released_files
 from data import scores as data_scores
@@ -3977,7 +3978,7 @@ def batches(monkeypatch):
         records = records or [talk("q" * rng.randint(1, 50), "a", id=i, level=x) for i, x in enumerate(levels)]
         return train.Batches(records, train.Train(**dict(batch_size=8, level_steps=0) | settings), Echo())
 
-    monkeypatch.setattr(train, "record_sample", record_sample)
+    monkeypatch.setattr(data_batches, "record_sample", record_sample)
     return make
 
 

@@ -8,7 +8,6 @@ torchrun --nproc_per_node=2 train.py --batch_size=128       the batch is the glo
 """
 
 import contextlib
-import copy
 import datetime
 import functools
 import importlib.util
@@ -16,8 +15,6 @@ import itertools
 import json
 import math
 import os
-import random
-import signal
 import sys
 import time
 from dataclasses import asdict, dataclass, fields
@@ -28,19 +25,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as state_dicts
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from data.records import (
-    cache_media,
-    data_set,
-    find_data,
-    held_out_samples,
-    read_data,
-    record_sample,
-    rough_length,
-    sample_command,
-)
+from data.batches import Batches, start_worker
+from data.records import cache_media, data_set, find_data, held_out_samples, read_data, sample_command
 from data.released import read_checkpoint, read_timer
 from data.scores import draw_curve, errors, report, score
 from modrwkv import (
@@ -133,104 +122,6 @@ PRESETS = {  # flags that suit a data set, where they are not given; of several 
 def presets(data):
     """The flags that suit --data."""
     return " ".join(PRESETS.get(data_set(name), "") for name in data.split(","))
-
-
-# --------------------------------------------------------------------------------------------------- batches
-
-
-def without_weights(model):
-    """A copy of the model that has shapes alone: what a worker process needs to prepare a batch."""
-    frozen = [part for encoder in model.encoder.values() for part in getattr(encoder, "models", ())]
-    tensors = [x for part in (model, *frozen) for x in itertools.chain(part.parameters(), part.buffers())]
-    return copy.deepcopy(model, {id(x): x.detach().to("meta") for x in tensors})
-
-
-def start_worker(_):
-    """Ctrl-C is for the process that trains; what its end does to a worker is nothing to speak of."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.excepthook = print_nothing  # errors in a batch go another way
-
-
-def print_nothing(*_):
-    pass
-
-
-class Batches(Dataset):
-    """The micro-batches of each step: a function of (seed, step) alone, so a resumed run needs no other position.
-
-    Every record comes once in an epoch; before that, while records of a higher level wait, draws are from the others,
-    and each folder keeps its share. Within a few batches, records of like length share a batch: less padding.
-    """
-
-    BUCKET = 8  # batches
-
-    def __init__(self, records, settings, model, rank=0, world=1):
-        self.records, self.settings, self.rank, self.world = records, settings, rank, world
-        self.model = without_weights(model)
-        self.levels = [record.get("level", 0) for record in records]
-        self.lengths = [rough_length(model, record, settings.ctx_len) for record in records]
-
-    @functools.lru_cache(2)
-    def order(self, epoch):
-        generator = torch.Generator().manual_seed(self.settings.seed * 1000003 + epoch)
-        return torch.randperm(len(self.records), generator=generator).tolist()
-
-    @functools.lru_cache(2)
-    def bucket(self, b):
-        """The batches of BUCKET steps, as lists of (place in the run, index of the record)."""
-        s, rng, n = self.settings, random.Random(f"{self.settings.seed} {b}"), len(self.records)
-        places = range(b * self.BUCKET * s.batch_size, (b + 1) * self.BUCKET * s.batch_size)
-        drawn = [(place, self.order(place // n)[place % n]) for place in places]
-        top = 1 + b * self.BUCKET // s.level_steps if s.level_steps else math.inf
-        if top < max(self.levels):
-            ready = {}
-            for i, level in enumerate(self.levels):
-                if level <= top:
-                    ready.setdefault(self.records[i].get("_folder"), []).append(i)
-            drawn = [(place, rng.choice(ready.get(self.records[i].get("_folder")) or [i])) for place, i in drawn]
-        drawn.sort(key=lambda place: self.lengths[place[1]])
-        batches = [drawn[i : i + s.batch_size] for i in range(0, len(drawn), s.batch_size)]
-        rng.shuffle(batches)
-        return batches
-
-    def __len__(self):
-        return self.settings.max_steps
-
-    def __getitem__(self, step):
-        """This process's micro-batches of a step, or an InputError, which a worker would raise with a traceback."""
-        batch = self.bucket(step // self.BUCKET)[step % self.BUCKET]
-        pieces = self.world * self.settings.grad_accum
-        size = len(batch) // pieces
-        micro_batches = [batch[i * size : (i + 1) * size] for i in range(self.rank, pieces, self.world)]
-        try:
-            return [self.collate(places) for places in micro_batches]
-        except InputError as e:
-            return e
-
-    def longest(self):
-        """The longest micro-batch that there can be: so many of the longest records."""
-        n = self.settings.batch_size // (self.world * self.settings.grad_accum)
-        by_length = sorted(range(len(self.records)), key=self.lengths.__getitem__, reverse=True)
-        return self.collate([(0, i) for i in itertools.islice(itertools.cycle(by_length), n)])
-
-    def collate(self, places):
-        return self.model.collate([self.sample(*place) for place in places])
-
-    @functools.lru_cache(16)
-    def whole(self, i):
-        """A text or a series, of which each sample is a window."""
-        return record_sample(self.model, self.records[i])
-
-    def sample(self, place, i):
-        """The segments of record i; of a text or a series a window, at random by its place in the run."""
-        if self.records[i].get("conversations"):
-            return record_sample(self.model, self.records[i])
-        [(kind, data)] = self.whole(i)
-        rng = random.Random(f"{self.settings.seed} {place}")
-        if kind == "forecast":
-            return self.model.window(data, rng)
-        start = rng.randrange(max(1, len(data) - self.settings.ctx_len))
-        return [(kind, data[start : start + self.settings.ctx_len + 1])]
 
 
 # --------------------------------------------------------------------------------------------------- the run
