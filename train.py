@@ -11,7 +11,6 @@ import contextlib
 import datetime
 import functools
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -29,9 +28,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from data.batches import Batches, start_worker
-from data.records import cache_media, data_set, find_data, held_out_samples, read_data, sample_command
+from data.records import cache_media, data_set, find_data, read_data, sample_command
 from data.released import read_checkpoint, read_timer
-from data.scores import draw_curve, errors, report, score
+from data.scores import draw_curve, errors, evaluate, report
 from modrwkv import (
     ENCODERS,
     MEDIA,
@@ -45,7 +44,7 @@ from modrwkv import (
     setting,
     write,
 )
-from sample import ask, find_device, flags
+from sample import find_device, flags
 
 
 @dataclass
@@ -384,25 +383,6 @@ class Log:
             self.loss_ema = loss if self.loss_ema is None else 0.95 * self.loss_ema + 0.05 * loss
             # an infinite norm: float16's first steps are skipped until its scale is found
             self.write(**entry | {"loss": loss, "grad_norm": norm if math.isfinite(norm) else None})
-
-
-@torch.no_grad()
-def evaluate(model, records, s, size, amp, n=None):
-    """(scores, records that were asked, their answers) of the first n held-out records, `size` samples at once."""
-    model.eval()
-    total, n_targets = 0.0, 0
-    samples = itertools.islice(held_out_samples(model, records, s.ctx_len), n)
-    with amp():
-        while part := list(itertools.islice(samples, size)):
-            batch = model.collate(part)
-            total += model.loss(batch, count=1).item()
-            n_targets += len(batch.n_targets)
-        if not n_targets:
-            raise InputError(f"there is nothing to predict in the first {n} held-out records")
-        asked = [record for record in records if record.get("conversations")][:n]
-        answers = ask(model, asked, size)
-    model.train()
-    return {"val_loss": total / n_targets, **score(asked, answers)}, asked, answers
 
 
 def describe(s, model, device, dtype, world, first):
