@@ -4,12 +4,13 @@ import copy
 import functools
 import itertools
 import math
+import os
 import random
 import signal
 import sys
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from data.records import record_sample, rough_length
 from modrwkv import InputError
@@ -69,6 +70,19 @@ class Batches(Dataset):
         batches = [drawn[i : i + s.batch_size] for i in range(0, len(drawn), s.batch_size)]
         rng.shuffle(batches)
         return batches
+
+    def loader(self, first, pin_memory):
+        """The steps from `first` on, each its micro-batches, prepared ahead."""
+        workers = self.settings.num_workers
+        return DataLoader(
+            self,
+            batch_size=None,
+            sampler=range(first, len(self)),
+            num_workers=workers if workers >= 0 else min(4, max(1, os.cpu_count() // self.world - 1)),
+            worker_init_fn=start_worker,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),
+        )
 
     def __len__(self):
         return self.settings.max_steps

@@ -39,11 +39,11 @@ def ask(model, records, batch_size=64, **sampling):
 
 
 @torch.no_grad()
-def evaluate(model, records, s, size, amp, n=None):
+def evaluate(model, records, ctx_len, size, amp, n=None):
     """(scores, records that were asked, their answers) of the first n held-out records, `size` samples at once."""
     model.eval()
     total, n_targets = 0.0, 0
-    samples = itertools.islice(held_out_samples(model, records, s.ctx_len), n)
+    samples = itertools.islice(held_out_samples(model, records, ctx_len), n)
     with amp():
         while part := list(itertools.islice(samples, size)):
             batch = model.collate(part)
