@@ -1,5 +1,6 @@
 """The micro-batches of each training step, prepared ahead by worker processes."""
 
+import contextlib
 import copy
 import functools
 import itertools
@@ -9,11 +10,14 @@ import random
 import signal
 import sys
 
+import soundfile
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from data.records import record_sample, rough_length
-from modrwkv import InputError
+from data.media import PICTURE_FORMATS
+from data.records import record_media, record_sample, record_turns
+from modrwkv import InputError, Pretrained
 
 
 def without_weights(model):
@@ -21,6 +25,22 @@ def without_weights(model):
     frozen = [part for encoder in model.encoder.values() for part in getattr(encoder, "models", ())]
     tensors = [x for part in (model, *frozen) for x in itertools.chain(part.parameters(), part.buffers())]
     return copy.deepcopy(model, {id(x): x.detach().to("meta") for x in tensors})
+
+
+def rough_length(model, record, ctx_len):
+    """About how long a record is as a sequence: characters, and what headers say of its pictures and sounds."""
+    n = min(len(record.get("text") or ""), ctx_len)
+    n += sum(len(question) + len(answer) + 4 for question, answer in record_turns(record))
+    for kind, path in record_media(record):
+        with contextlib.suppress(Exception):  # reading it whole will say what is wrong
+            if kind == "image" and not isinstance(
+                model.encoder[kind], Pretrained
+            ):  # of these all pictures have one length
+                with Image.open(path, formats=PICTURE_FORMATS) as image:
+                    n += 5 * image.width / image.height
+            elif kind == "audio":
+                n += 25 * soundfile.info(path).duration
+    return n
 
 
 def start_worker(_):

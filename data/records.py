@@ -5,7 +5,6 @@ A record is {"image": path, "conversations": [{"from": "human", "value": "<image
 and "series" are a path or a list of them, relative to the record's file; a series may be numbers, null where unknown.
 """
 
-import contextlib
 import functools
 import itertools
 import json
@@ -15,11 +14,9 @@ import shlex
 import subprocess
 import sys
 
-import soundfile
 import torch
-from PIL import Image
 
-from data.media import PICTURE_FORMATS, cache_features, load_media, read_features, read_series, reading
+from data.media import cache_features, load_media, read_features, read_series, reading
 from data.text import PLACEHOLDER, conversation, get_tokenizer
 from modrwkv import ENCODERS, MEDIA, InputError, Pretrained
 
@@ -183,22 +180,6 @@ def question(model, prompt, media=(), first=True):
         prompt = f"<{kind}>\n" * missing + prompt
     media = [files[mark[1:-1]].pop(0) for mark in PLACEHOLDER.findall(prompt)]
     return segments(model, [(prompt, None)], media, first)
-
-
-def rough_length(model, record, ctx_len):
-    """About how long a record is as a sequence: characters, and what headers say of its pictures and sounds."""
-    n = min(len(record.get("text") or ""), ctx_len)
-    n += sum(len(question) + len(answer) + 4 for question, answer in record_turns(record))
-    for kind, path in record_media(record):
-        with contextlib.suppress(Exception):  # reading it whole will say what is wrong
-            if kind == "image" and not isinstance(
-                model.encoder[kind], Pretrained
-            ):  # of these all pictures have one length
-                with Image.open(path, formats=PICTURE_FORMATS) as image:
-                    n += 5 * image.width / image.height
-            elif kind == "audio":
-                n += 25 * soundfile.info(path).duration
-    return n
 
 
 def held_out_samples(model, records, ctx_len):
