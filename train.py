@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import modrwkv
 from data.batches import Batches
-from data.records import cache_media, data_set, find_data, read_data, sample_command
+from data.records import cache_media, find_data, presets, read_data, sample_command
 from data.released import read_checkpoint, read_timer
 from data.scores import draw_curve, errors, evaluate, report
 from modrwkv import ENCODERS, MEDIA, Config, InputError, ModRWKV, model_from_checkpoint, setting
@@ -81,32 +81,6 @@ class Train:
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
     dtype: str = setting("auto", "of autocast; auto: by hardware", ("auto", "float32", "bfloat16", "float16"))
     seed: int = setting(1, "of the initial weights and the order of the data")
-
-
-SOUND = (
-    "--learning_rate=1.2e-3 --batch_size=32 --max_steps=2600 --level_steps=100 --eval_interval=650 --save_interval=650"
-)
-SERIES = "--encoder_width=48 --n_layer=3 --max_steps=3600 --eval_interval=900 --save_interval=900"
-PRESETS = {  # flags that suit a data set, where they are not given; of several data sets the last one's count
-    "digits": "--optimizer=muon",
-    "shapes": "--image_height=48 --patch_height=16 --patch_width=16 --conv_kernel=0 --image_trim=False --n_layer=3 "
-    "--prompt_style=last --learning_rate=1.2e-3 --batch_size=32 --max_steps=4000 --level_steps=100 "
-    "--eval_interval=1000 --save_interval=1000",
-    "morse": f"--optimizer=muon {SOUND}",
-    "spoken_digits": f"--optimizer=muon {SOUND}",
-    "librispeech": SOUND,
-    "aishell": SOUND,
-    "same": "--learning_rate=1.2e-3 --batch_size=16 --max_steps=4000 --level_steps=400 "
-    "--eval_interval=1000 --save_interval=1000",
-    "series": f"--optimizer=muon --loss_reduction=sample {SERIES}",
-    "gift_eval": SERIES,
-    "llava": "--image_height=64 --patch_height=16 --patch_width=16 --image_trim=False",
-}
-
-
-def presets(data):
-    """The flags that suit --data."""
-    return " ".join(PRESETS.get(data_set(name), "") for name in data.split(","))
 
 
 def print0(*words):

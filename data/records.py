@@ -214,6 +214,25 @@ def sample_command(record):
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 DATA_SETS = sorted(name for name in os.listdir(HERE) if os.path.exists(os.path.join(HERE, name, "prepare.py")))
+SOUND = (
+    "--learning_rate=1.2e-3 --batch_size=32 --max_steps=2600 --level_steps=100 --eval_interval=650 --save_interval=650"
+)
+SERIES = "--encoder_width=48 --n_layer=3 --max_steps=3600 --eval_interval=900 --save_interval=900"
+PRESETS = {  # flags that suit a data set, where they are not given; of several data sets the last one's count
+    "digits": "--optimizer=muon",
+    "shapes": "--image_height=48 --patch_height=16 --patch_width=16 --conv_kernel=0 --image_trim=False --n_layer=3 "
+    "--prompt_style=last --learning_rate=1.2e-3 --batch_size=32 --max_steps=4000 --level_steps=100 "
+    "--eval_interval=1000 --save_interval=1000",
+    "morse": f"--optimizer=muon {SOUND}",
+    "spoken_digits": f"--optimizer=muon {SOUND}",
+    "librispeech": SOUND,
+    "aishell": SOUND,
+    "same": "--learning_rate=1.2e-3 --batch_size=16 --max_steps=4000 --level_steps=400 "
+    "--eval_interval=1000 --save_interval=1000",
+    "series": f"--optimizer=muon --loss_reduction=sample {SERIES}",
+    "gift_eval": SERIES,
+    "llava": "--image_height=64 --patch_height=16 --patch_width=16 --image_trim=False",
+}
 
 
 def data_set(name):
@@ -221,6 +240,11 @@ def data_set(name):
     folder, base = os.path.split(os.path.realpath(name))
     known = name if name in DATA_SETS else base if folder == HERE else ""
     return known if known in DATA_SETS else ""
+
+
+def presets(data):
+    """The flags that suit --data."""
+    return " ".join(PRESETS.get(data_set(name), "") for name in data.split(","))
 
 
 def find_data(names, val=""):
