@@ -455,15 +455,12 @@ def main(argv=None):
         log.write(step=step, **scores)
         return scores, asked, answers
 
-    loader = batches.loader(first, pin_memory=device.type == "cuda")
+    steps = batches.prefetched(first, pin_memory=device.type == "cuda")
     interval = 0.5 if sys.stderr.isatty() else 30
-    bar = tqdm(loader, initial=first, total=s.max_steps, disable=rank > 0, unit="step", mininterval=interval)
+    bar = tqdm(steps, initial=first, total=s.max_steps, disable=rank > 0, unit="step", mininterval=interval)
     t0, tokens = time.time(), 0
     try:
         for step, micro_batches in enumerate(bar, first):
-            if isinstance(micro_batches, InputError):
-                raise micro_batches
-
             # counts over all micro-batches and processes, made on the CPU: the loss is a mean over them
             counts = torch.tensor([count(batch, s) for batch in micro_batches]).sum(0)
             if world > 1:

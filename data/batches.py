@@ -33,9 +33,8 @@ def rough_length(model, record, ctx_len):
     n += sum(len(question) + len(answer) + 4 for question, answer in record_turns(record))
     for kind, path in record_media(record):
         with contextlib.suppress(Exception):  # reading it whole will say what is wrong
-            if kind == "image" and not isinstance(
-                model.encoder[kind], Pretrained
-            ):  # of these all pictures have one length
+            # to a pretrained encoder all pictures have one length
+            if kind == "image" and not isinstance(model.encoder[kind], Pretrained):
                 with Image.open(path, formats=PICTURE_FORMATS) as image:
                     n += 5 * image.width / image.height
             elif kind == "audio":
@@ -91,10 +90,10 @@ class Batches(Dataset):
         rng.shuffle(batches)
         return batches
 
-    def loader(self, first, pin_memory):
-        """The steps from `first` on, each its micro-batches, prepared ahead."""
+    def prefetched(self, first, pin_memory):
+        """Yields the micro-batches of each step from `first` on, prepared ahead; InputError names the record."""
         workers = self.settings.num_workers
-        return DataLoader(
+        loader = DataLoader(
             self,
             batch_size=None,
             sampler=range(first, len(self)),
@@ -103,6 +102,10 @@ class Batches(Dataset):
             pin_memory=pin_memory,
             generator=torch.Generator(),
         )
+        for micro_batches in loader:
+            if isinstance(micro_batches, InputError):
+                raise micro_batches
+            yield micro_batches
 
     def __len__(self):
         return self.settings.max_steps
