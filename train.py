@@ -29,7 +29,7 @@ from tqdm import tqdm
 import modrwkv
 from data.batches import Batches
 from data.records import cache_media, find_data, presets, read_data, sample_command
-from data.released import read_checkpoint, read_timer
+from data.released import read_checkpoint, read_safetensors
 from data.scores import draw_curve, errors, evaluate, report
 from modrwkv import ENCODERS, MEDIA, Config, InputError, ModRWKV, model_from_checkpoint, setting
 from sample import find_device, flags
@@ -147,7 +147,7 @@ def start_model(s, config, given, records):
         model = ModRWKV(config)
     if model.config.series_encoder == "timer":
         if s.timer_weights:
-            read_timer(model.encoder["series"], s.timer_weights)
+            modrwkv.load_weights(model.encoder["series"], read_safetensors(s.timer_weights), s.timer_weights)
         elif not ckpt or not any(name.startswith("encoder.series.") for name in ckpt["model"]):
             advice = "name its weights with --timer_weights=model.safetensors"
             raise InputError(f"--series_encoder=timer is pretrained: {advice}")
