@@ -270,16 +270,14 @@ def run_chat(chat, prompt, media, sampling):
     with contextlib.suppress(ImportError):  # there is none on Windows
         import readline  # noqa: F401  input() then has line editing and history
     print("Ask; an empty line ends the chat. To show a picture, write its path in <> anywhere in a question: <x.png>")
-    print(
-        "/reset forgets all, /retry answers the last question again, /save FILE keeps the state; Ctrl-C stops an answer"
-    )
+    print("/reset forgets all, /retry answers again, /save FILE is for --state=FILE, Ctrl-C stops an answer")
     last = None  # the question that /retry repeats: the state before it, and what was asked
     while True:
         try:
             line = prompt or input("> ").strip()
         except EOFError:
             break
-        prompt, command = "", line.split(maxsplit=1)
+        prompt, command, files = "", line.split(maxsplit=1), {}
         try:
             if not line:
                 break
@@ -301,11 +299,13 @@ def run_chat(chat, prompt, media, sampling):
                 question, files = files_in(line)
                 for kind, paths in media.items():
                     files[kind] = [*paths, *files.get(kind, [])]
-            before, media = (chat.state, chat.begun), files  # a question that fails leaves its media to the next one
+            before = chat.state, chat.begun
             print_answer(chat.ask(question, **files, stream=True, **sampling))
             last, media = (before, question, files), {}
         except InputError as e:
             print(f"error: {e}", file=sys.stderr)
+            for kind, paths in files.items():  # the next question has the media of one that failed for another reason
+                media[kind] = [path for path in paths if path not in str(e)]
         except KeyboardInterrupt:
             last, media = (before, question, files), {}
             print("\n(stopped; the conversation is as it was before this question: /retry answers it again)")
