@@ -304,8 +304,10 @@ def run_chat(chat, prompt, media, sampling):
             last, media = (before, question, files), {}
         except InputError as e:
             print(f"error: {e}", file=sys.stderr)
-            for kind, paths in files.items():  # the next question has the media of one that failed for another reason
-                media[kind] = [path for path in paths if path not in str(e)]
+            media = {} if files else media  # the next question has this one's, but for what the error is about
+            for kind, path in ((kind, path) for kind, paths in files.items() for path in paths):
+                if path not in str(e):
+                    media.setdefault(kind, []).append(path)
         except KeyboardInterrupt:
             last, media = (before, question, files), {}
             print("\n(stopped; the conversation is as it was before this question: /retry answers it again)")

@@ -70,7 +70,7 @@ class WorldTokenizer:
         node[-1] = int(index)
 
     def encode(self, text):
-        data, ids, i = text.encode("utf-8"), [], 0
+        data, ids, i = text.encode("utf-8", "surrogateescape"), [], 0  # bytes that a console could not decode stay
         while i < len(data):
             node, j, longest = self.trie, i, None
             while j < len(data) and (node := node.get(data[j])) is not None:
