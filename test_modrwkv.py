@@ -58,7 +58,7 @@ from data import batches as data_batches
 from data import records as data_records
 from data import released as released_files
 from data import scores as data_scores
-from data.answers import ask, generate_text
+from data.answers import Answer, ask, generate_text
 from data.flags import flags
 from data.media import (
     LOADERS,
@@ -1326,7 +1326,7 @@ def official_before_7():
         for name in ("RWKV_V7_ON", "RWKV_JIT_ON", "RWKV_CUDA_ON"):
             m.setenv(name, "0")
         RWKV = runpy.run_module("rwkv.model")["RWKV"]
-    return lambda path: RWKV(path, "cpu fp32", verbose=False)
+    return lambda path, strategy="cpu fp32": RWKV(path, strategy, verbose=False)
 
 
 def assert_logits_agree(ours, theirs, tokens):
@@ -1947,10 +1947,10 @@ def test_forecast_units(model):
     assert "series encoder" in refusal(without.forecast, [x]) and "series encoder" in refusal(without.window, x)
 
 
-def assert_state_equal(got, want):
+def assert_state_equal(got, want, tolerance=1e-6):
     assert len(got) == len(want)
     for x, y in zip(itertools.chain(*got), itertools.chain(*want)):
-        assert distance(x, y) < 1e-6
+        assert distance(x, y) < tolerance
 
 
 @functools.cache
@@ -5603,3 +5603,305 @@ def test_batches_may_be_on_the_gpu_already(model, folders):
             for given in (batch, net.collate(batch)):
                 [[moved]], _ = _to_kwargs((given,), {}, torch.device("cuda", 0), False)
                 assert net.loss(moved).item() == pytest.approx(want, rel=1e-5)
+
+
+# ------------------------------------------------------------ asking: pieces, precision, speed, states
+
+
+@trials(12)
+@given(st.sampled_from([5, 6, 7]), st.sampled_from(["uni", "bi", "multi"]), PLANS, SEEDS, st.integers(1, 40))
+@example(7, "bi", [[("image", 5), ("text", 9), ("image", 12), ("text", 30)], [("text", 1)]], 0, 4)
+@torch.no_grad()
+def test_reading_in_pieces(rwkv, scan, plans, seed, piece):
+    """A ragged batch after a state, in pieces of any size, against one pass over each sample; pictures stay whole."""
+    model = scanner(rwkv, scan, 3)
+    samples = [make_sample(plan, seed + i) for i, plan in enumerate(plans)]
+    before = [("text", codes("before"))]
+    _, state = model.read([before])
+    sizes, backbone = [], model.backbone
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(modrwkv, "PIECE", piece)
+        m.setattr(model, "backbone", lambda x, *more: sizes.append(x.shape[1]) or backbone(x, *more))
+        hidden, states = model.read(samples, state)
+    assert sum(sizes) == max(map(model.length, samples))
+    longest = max([model.length([x]) for x in itertools.chain(*samples) if x[0] == "image"], default=1)
+    if scan == "uni":
+        assert max(sizes) <= piece
+    elif len(samples) == 1:
+        assert max(sizes) <= max(piece, longest)
+    for i, segments in enumerate(samples):
+        logits, alone = model([before + segments])
+        assert distance(model.head(hidden[i]), logits[0, -1]) < 1e-6
+        assert_state_equal([[x[i : i + 1] for x in layer] for layer in states], alone)
+
+
+@pytest.mark.parametrize("rwkv", [5, 6, 7])
+@pytest.mark.parametrize("style", PROMPT_STYLES)
+@torch.no_grad()
+def test_three_ways_to_read(rwkv, style, monkeypatch):
+    """In float32: a conversation whole, in pieces, and one token at a time behind its picture."""
+    config = dataclasses.replace(SMALL, rwkv=rwkv, prompt_style=style, scan="bi", n_layer=3)
+    model = randomise(ModRWKV(config, vocab_size=65536))  # "tagged" has tokens of RWKV World
+    turns = [("<image>\nWhat is it?", "a cat"), ("Why?", None)]
+    sample = conversation(config, turns, iter([picture(1, 40)]))
+    logits, state = model([sample])
+    monkeypatch.setattr(modrwkv, "PIECE", 8)
+    hidden, in_pieces = model.read([sample])
+    assert distance(model.head(hidden), logits[:, -1]) < 1e-4
+    steps, one_by_one = None, None
+    for kind, data in sample:
+        for segment in [(kind, data)] if kind == "image" else [("text", [token]) for token in data]:
+            steps, one_by_one = model.read([[segment]], one_by_one)
+    assert distance(model.head(steps), logits[:, -1]) < 1e-4
+    for states in (in_pieces, one_by_one):
+        assert_state_equal(states, state, 1e-4)
+
+
+@pytest.mark.parametrize("rwkv", [5, 6, 7])
+@torch.no_grad()
+def test_bfloat16_is_at_least_as_exact_as_the_official_package(official, official_before_7, tmp_path, rwkv):
+    """Against float32 logits of the same file, at the median position; norms and decays stay in float32."""
+    weights = official_weights(4, 128, rwkv=rwkv)
+    torch.save({name: x.bfloat16() for name, x in weights.items()}, tmp_path / "x.pth")
+    theirs = official[0] if rwkv == 7 else official_before_7
+    tokens = torch.randint(300, (60,), generator=torch.Generator().manual_seed(7))
+    exact = load(tmp_path / "x.pth", dtype=torch.float32)(tokens[None])[0][0]
+    model = load(tmp_path / "x.pth")
+    dtypes = {name: p.dtype for name, p in model.named_parameters()}
+    sensitive = {name for name, dtype in dtypes.items() if dtype == torch.float32}
+    assert sensitive == {name for name in dtypes if re.search(r"(^|\.)ln(\d|_x|_out)\.|att\.(w0|time_decay)$", name)}
+    assert dtypes["emb.weight"] == torch.bfloat16
+    logits, state = model(tokens[None])
+    assert logits.dtype == torch.bfloat16 and {S.dtype for _, S, _ in state} == {torch.float32}
+    peer = theirs(str(tmp_path / "x"), "cpu bf16").forward(tokens.tolist(), None, full_output=True)[0]
+    ours, peers = ((z.float() - exact).square().mean(-1).sqrt().median() for z in (logits[0], peer))
+    assert 0 < ours <= peers
+
+
+def test_dtype_of_a_checkpoint(tmp_path):
+    """That of the file or the one that is asked for; a float32 file in bfloat16 is the file rounded."""
+    model = randomise(ModRWKV(SMALL))
+    save(tmp_path / "x.pt", model)
+    for dtype, want in (("auto", torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16)):
+        loaded = load(tmp_path / "x.pt", dtype=dtype)
+        for name, p in model.named_parameters():
+            got = loaded.get_parameter(name)
+            sensitive = re.match(r"(blocks\.\d+\.(att\.)?)?ln|.*att\.w0$", name)
+            assert got.dtype == (torch.float32 if sensitive else want) and torch.equal(got, p.to(got.dtype))
+    chat = sample.Chat(tmp_path / "x.pt", device="cpu", dtype="bfloat16")
+    assert chat.model.emb.weight.dtype == torch.bfloat16 and isinstance(chat.ask("Hi", max_new_tokens=3), str)
+
+
+@torch.inference_mode()
+def test_faster_steps(model, monkeypatch):
+    """Traced and compiled (in one graph, without breaks) against model.step, for other batches, too."""
+    monkeypatch.setattr(modrwkv, "TRACE_AFTER", 2)
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, mode, **how: compile(f, backend="eager", **how))
+    for step in (modrwkv.traced_step(model), modrwkv.compiled_step(model)):
+        for B in (1, 1, 1, 3):
+            _, state = model.read([[text("Hello, you")]] * B)
+            tokens = torch.arange(B) + 40
+            (x, new), (want, want_state) = step(tokens, state), model.step(tokens, state)
+            assert distance(x, want) < 1e-6
+            assert_state_equal(new, want_state)
+    torch._dynamo.reset()
+
+
+@torch.inference_mode()
+def test_a_traced_step_is_one_call(model, monkeypatch):
+    """After TRACE_AFTER steps no module of the model is called by Python."""
+    monkeypatch.setattr(modrwkv, "TRACE_AFTER", 3)
+    step, calls, (_, state) = modrwkv.traced_step(model), [], model.read([[text("Hi")]])
+    handle = model.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    for _ in range(6):
+        _, state = step(torch.tensor([40]), state)
+    handle.remove()
+    assert len(calls) == 3
+
+
+@torch.no_grad()
+def test_a_state_of_one_sample_serves_a_batch(model):
+    """Against reading it again with each question; a state that does not fit is an error."""
+    shared, questions = [picture(1, 4), text("hello")], [[text("a")], [text("bcd")], [text("ef")]]
+    read, want = model.read([shared]), model.read([shared + question for question in questions])
+    hidden, states = model.read(questions, read[1])
+    assert distance(hidden, want[0]) < 1e-5
+    assert_state_equal(states, want[1])
+    assert "2 samples" in refusal(model.read, questions, [tuple(x[:2] for x in s) for s in states])
+    assert "another model" in refusal(model.read, questions, states[:-1])
+    assert "another model" in refusal(model, torch.tensor([[1]]), [(x, S[:, :1], y) for x, S, y in read[1]])
+
+
+def test_several_answers(small_chat):
+    """Each with random numbers of its own: the first is the one that is asked alone, the others follow its seed."""
+    ask = functools.partial(small_chat.ask, "What?", max_new_tokens=12, temperature=1.0)
+    alone = []
+    for seed in (5, 6, 7):
+        small_chat.reset()
+        alone.append(ask(seed=seed))
+    small_chat.reset()
+    assert ask(seed=5, num_samples=3) == alone and len(set(alone)) == 3 and small_chat.state is None
+
+
+def test_penalties_are_chatrwkvs(official):
+    """Against PIPELINE.generate of the package `rwkv`, over a model of fixed logits."""
+    from rwkv.utils import PIPELINE, PIPELINE_ARGS
+
+    logits = torch.linspace(0, 1.5, 60)[torch.randperm(60, generator=torch.Generator().manual_seed(1))]
+    pipeline = PIPELINE(SimpleNamespace(forward=lambda *_: (logits.clone(), None)), "rwkv_vocab_v20230424")
+    pipeline.decode = lambda tokens: "x"  # it does not count spaces and digits of its vocabulary
+    sample_logits = pipeline.sample_logits
+    pipeline.sample_logits = lambda *more, **how: want.append(int(sample_logits(*more, **how))) or want[-1]
+    model = ModRWKV(dataclasses.replace(SMALL, image_encoder="none"), vocab_size=60)
+    model.ln_out.weight.data.zero_()
+    model.ln_out.bias.data.fill_(1)
+    model.head.weight.data = logits[:, None].expand(60, SMALL.n_embd) / SMALL.n_embd
+    for presence, frequency, decay in ((0.4, 0.3, 0.9), (0, 0.5, 0.996), (0.5, 0, 1.0)):
+        want, alphas = [], dict(alpha_presence=presence, alpha_frequency=frequency, alpha_decay=decay)
+        pipeline.generate("x", 40, PIPELINE_ARGS(temperature=1, top_k=1, **alphas))
+        how = dict(presence_penalty=presence, frequency_penalty=frequency, penalty_decay=decay, end=())
+        assert [token for [token] in model.generate([[("text", [1])]], max_new_tokens=40, **how)] == want
+        assert len(set(want)) > 5
+
+
+@trials(60)
+@given(st.text("abc\n", max_size=12), st.lists(st.text("abc\n", min_size=1, max_size=3), min_size=1, max_size=3))
+def test_the_first_of_several_ends(written, ends):
+    """Against str.find in the whole text, whatever is held back on the way."""
+    tokens = codes(written)
+    reply, pieces = Answer(get_tokenizer("bytes"), ends), []
+    for i, token in enumerate(tokens):
+        pieces.append(reply.add(token, i == len(tokens) - 1))
+        if reply.ended:
+            break
+    shortest = next((n for n in range(len(written) + 1) if any(written[:n].endswith(end) for end in ends)), None)
+    if shortest is None:
+        assert "".join(pieces) == written and not reply.ended
+    else:
+        got = "".join(pieces)
+        assert written[:shortest].startswith(got) and written[len(got) :].startswith(reply.ended)
+        assert min(written[:shortest].find(end) for end in ends if end in written[:shortest]) == len(got)
+
+
+def test_stop_texts(small_chat, monkeypatch, capsys):
+    """An answer ends before any of them, and the conversation goes on as after the template's own end."""
+    states = []
+    for tokens, how in ((codes("a bc"), {"stop": ["x", "b"]}), (codes("a \n\n"), {})):
+        small_chat.reset()
+        script(monkeypatch, tokens)
+        assert small_chat.ask("What?", **how) in ("a ", "a")
+        states.append(small_chat.state)
+    script(monkeypatch, codes("a bc"))
+    with contextlib.redirect_stdout(io.StringIO()):
+        _, settings, given = flags("", sample.Sample, sample.Sampling, argv=["--stop=x", "--stop=b c"])
+    assert settings.stop == ["x", "b c"] and given == {"stop"}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("style", ["written", "first", "before"])
+def test_a_picture_is_read_once_and_asked_later(template, style, tmp_path):
+    """By the flags, and for two questions, against asking with the picture each time."""
+    save(tmp_path / "x.pt", randomise(ModRWKV(dataclasses.replace(SMALL, template=template, prompt_style=style))))
+    image, state = stored(Image.fromarray(pixels(1, 20, 30)), tmp_path / "x.png"), tmp_path / "x.state"
+    flags = [f"--checkpoint={tmp_path / 'x.pt'}", "--max_new_tokens=9", "--device=cpu"]
+    assert said(sample.main, *flags, f"--image={image}", f"--save_state={state}") == ""
+    for question in ("What is it?", "How many?"):
+        want = said(sample.main, *flags, f"--image={image}", f"--prompt={question}")
+        assert said(sample.main, *flags, f"--state={state}", f"--prompt={question}") == want != "\n"
+    chat = sample.Chat(tmp_path / "x.pt", device="cpu")
+    chat.load_state(state)
+    assert "no more media" in refusal(chat.ask, "What?", image=image)
+    assert "other weights" in refusal(sample.Chat(tmp_path / "x.pt", device="cpu", dtype="bfloat16").load_state, state)
+    assert "no file of --save_state" in refusal(chat.load_state, tmp_path / "x.pt")
+    chat.reset()
+    assert "no conversation" in refusal(chat.save_state, state)
+    assert "media" in refusal(chat.read, "a text alone")
+    chat.model.config.prompt_style = "sandwich"
+    assert "before the media" in refusal(chat.read, image=image)
+
+
+def test_a_long_text_is_read_once_and_asked_later(small_chat, tmp_path):
+    """Against reading the text and asking in one go."""
+    small_chat.reset()
+    small_chat.read("A long text.\n\n" * 9, raw=True)
+    small_chat.save_state(tmp_path / "x.state")
+    want = small_chat.ask("What?", max_new_tokens=9)
+    small_chat.reset()
+    small_chat.load_state(tmp_path / "x.state")
+    assert small_chat.ask("What?", max_new_tokens=9) == want
+    tokens = get_tokenizer("bytes").encode("A long text.\n\n" * 9 + "User: What?\n\nAssistant:")
+    steps = generate_text(small_chat.model, [[("text", tokens)]], max_new_tokens=9)
+    assert "".join(piece for [piece] in steps).lstrip() == want
+
+
+@pytest.mark.parametrize("style", PROMPT_STYLES)
+def test_records_are_read_once_for_all_their_questions(style, tmp_path, monkeypatch):
+    """Answers against those of reading everything again for each turn; how often a picture is encoded is counted."""
+    config = dataclasses.replace(SMALL, prompt_style=style)
+    model = randomise(ModRWKV(config, vocab_size=65536))
+    model.head.weight.data[257:] = 0  # beyond the vocabulary no token has a text
+    image = stored(Image.fromarray(pixels(1, 20, 30)), tmp_path / "x.png")
+    turns = ["<image>\nWhat?", "a", "Why?", "b", "How?", "c"]
+    records = [talk(*turns[:n], image=str(image), _at="here") for n in (2, 6, 4)]
+    records.insert(1, talk("Text?", "d", "More?", "e", _at="here"))
+    want = []
+    for record in records:
+        for i, (question, _) in enumerate(record_turns(record)):
+            asked = [*record_turns(record)[:i], (question, None)]
+            segments = data_records.segments(model, asked, record_media(record))
+            want.append("".join(answer(model, segments, max_new_tokens=6)[0]).strip())
+    encoded, encode = [], model.encode
+    monkeypatch.setattr(model, "encode", lambda batch: encoded.append(len(batch.media)) or encode(batch))
+    for batch_size in (1, 4):
+        encoded.clear()
+        assert ask(model, records, batch_size, max_new_tokens=6) == want
+        if style in ("written", "first", "before", "tagged"):
+            assert sum(encoded) == (3 if batch_size == 1 else 1)
+    assert len(set(want)) > 3
+
+
+def test_chat_commands(trained, monkeypatch, tmp_path):
+    """/retry, /reset and /save against Chat; an interrupted answer leaves the conversation as it was."""
+    chat, line = sample.Chat(trained[0], device="cpu"), [f"--out_dir={trained[0]}", "--max_new_tokens=20", "--chat"]
+    how = {"max_new_tokens": 20, "temperature": 1.5}
+    first, second = (sample.Chat(trained[0], device="cpu").ask("How many?", seed=seed, **how) for seed in (1, 2))
+    chat.ask("How many?", seed=2, **how)
+    then = chat.ask("More?", seed=2, **how)
+    typed = f"/retry\nHow many?\n/retry\nMore?\n/save {tmp_path / 'x.state'}\n/reset\n/save {tmp_path / 'y'}\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    words = said(sample.main, *line, "--temperature=1.5").split("\n> ", 1)[1]
+    assert words.startswith(f"> {first}\n> {second}\n> {then}\n> go on later with --state=")
+    saved = sample.Chat(trained[0], device="cpu")
+    saved.load_state(tmp_path / "x.state")
+    assert_state_equal(saved.state, chat.state)
+    assert not (tmp_path / "y").exists()
+    asked, answers = [], sample.Chat.answer
+
+    def interrupted(self, steps, begun):
+        asked.append(self.state)
+        pieces = answers(self, steps, begun)
+        yield next(pieces)
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        yield from pieces
+
+    monkeypatch.setattr(sample.Chat, "answer", interrupted)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("How many?\n/retry\n"))
+    assert second in said(sample.main, *line, "--temperature=1.5") and asked == [None, None]
+
+
+@pytest.mark.parametrize("flag", ["temperature=-1", "temperature=nan", "top_p=1.5", "top_p=-0.1", "top_k=-1"])
+def test_sampling_out_of_range(flag, small_chat):
+    """By a flag and by Chat.ask: one sentence names it and its range."""
+    name, value = flag.split("=")
+    assert f"{name}=" in refusal(flags, "", sample.Sample, sample.Sampling, argv=[f"--{flag}"])
+    assert f"{name}=" in refusal(small_chat.ask, "What?", **{name: float(value)})
+
+
+def test_consoles_lose_nothing(trained, tmp_path):
+    """A console in ASCII, and bytes that are no UTF-8 in a prompt, in a process of its own."""
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    flags = [f"--out_dir={trained[0]}", "--raw", "--max_new_tokens=2", b"--prompt=\xff\xe4\xb8\xad"]
+    done = subprocess.run([sys.executable, REPO / "sample.py", *flags], env=environment, capture_output=True)
+    assert done.returncode == 0 and done.stdout.startswith(b"\\udcff\\u4e2d"), done.stderr
