@@ -829,17 +829,15 @@ class PatchEncoder(nn.Module):
         return image.shape[2] // self.size[2]
 
     def collate(self, images):
-        """[(3, h, w) uint8] -> pixels (M, 3, h, W); mask (M, 1, 1, W / 2) of conv1's columns; rows (L,) of patches."""
-        _, height, width = self.size
-        columns = np.array([self.columns(x) for x in images])
-        rows = length_mask(columns)[:, None].repeat(images[0].shape[1] // height, 1)  # (M, rows, columns)
-        mask = torch.from_numpy(length_mask(columns * (width // 2)))
-        return pad([x.cpu().numpy() for x in images], 255), mask[:, None, None], true_rows(rows)
+        """[(3, h, w) uint8] -> pixels (M, 3, h, W); rows (L,) of patches."""
+        mask = length_mask([self.columns(x) for x in images])
+        rows = mask[:, None].repeat(images[0].shape[1] // self.size[1], 1)  # (M, rows, columns)
+        return pad([x.cpu().numpy() for x in images], 255), true_rows(rows)
 
-    def forward(self, pixels, mask, rows):
+    def forward(self, pixels, rows):
         """-> (L, width), patches of each picture row by row."""
         x = 1 - pixels.to(self.conv1.weight.dtype) / 255  # white paper is 0, as are the convolutions' margins
-        x = F.gelu(self.conv1(x)) * mask  # (M, 16, h / 2, W / 2); no picture sees its neighbours' widths
+        x = F.gelu(self.conv1(x))  # (M, 16, h / 2, W / 2); no patch sees what is to its picture's right
         x = F.gelu(self.conv2(x))  # (M, 32, h / 4, W / 4)
         x = self.proj(x)  # (M, width, rows, columns)
         x = x + (self.row[:, None] + self.col[: x.shape[3]]).permute(2, 0, 1)
