@@ -589,7 +589,7 @@ class TimeMix7(nn.Module):
             mask = padding_mask(T, lengths)
             w, k_in, b = w * mask, k * mask, b * mask
         y, state = wkv7(r, w, k_in, v, a, b, state, w_min=-0.607)  # 17: (B, T, H, N), and wkv_T (B, H, N, N)
-        y = self.ln_x(y.reshape(B * T, C).to(self.ln_x.weight.dtype)).view(B, T, C)  # 21, first term
+        y = self.ln_x(y.reshape(B * T, C)).view(B, T, C)  # 21, first term
         bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v  # 20: u_t = (r_t (rho * k-tilde_t)^T) v_t, (B, T, H, N)
         p = y + bonus.view(B, T, C)  # 21: p_t, (B, T, C)
         return self.output(p * g), v_first, last, state  # 22: o_t = (g_t * p_t) W_o, (B, T, C)
@@ -662,7 +662,7 @@ class TimeMix5(nn.Module):
         r_next = F.pad(r[:, 1:], (0, 0, 0, 0, 0, 1))
         y, state = wkv7(r_next, w, k, v, zero, zero, state)  # S_t r_{t+1}, (B, T, H, N)
         y = torch.cat([first[:, None], y[:, :-1]], 1) + bonus  # [3], 2 and 9: r_t wkv_t, (B, T, H, N)
-        y = self.ln_x(y.reshape(B * T, C).to(self.ln_x.weight.dtype)).view(B, T, C)
+        y = self.ln_x(y.reshape(B * T, C)).view(B, T, C)
         return self.output(y * F.silu(self.gate(xg))), v_first, last, state  # [3], 3: o_t, (B, T, C)
 
 
