@@ -751,7 +751,7 @@ class Block(nn.Module):
         Returns: x; v_first where it is made, else None: FSDP takes what a block returns for the block's own; state.
         """
         if hasattr(self, "ln0"):
-            x = self.ln0(x.to(self.ln0.weight.dtype))
+            x = self.ln0(x)
         y, v, x_att, S = self.att(self.ln1(x), v_first, state[0], state[1], lengths)
         x = x + y
         y, x_ffn = self.ffn(self.ln2(x), state[2], lengths)
@@ -1964,14 +1964,23 @@ def model_from_checkpoint(data, path, dtype=torch.float32, **changes):
 
 
 def to_precision(model, dtype):
-    """The model in a dtype, all but what float32 is needed for: norms and decays."""
-    sensitive = re.compile(r"(blocks\.\d+\.(att\.)?)?ln(\d|_x|_out)\..*|blocks\.\d+\.att\.(w0|time_decay)")
-    keep = {name: p for name, p in model.named_parameters() if sensitive.fullmatch(name)}
-    kept = {name: p.detach().float() for name, p in keep.items()}
+    """The model in a dtype, all but what float32 is needed for: norms and decays of the language model."""
+    norms = re.compile(r"(blocks\.\d+\.)?(att\.)?ln(\d|_x|_out)")
+    kept = {}
+    for name, p in model.named_parameters():
+        if norms.fullmatch(name.rpartition(".")[0]) or name.endswith(("att.w0", "att.time_decay")):
+            kept[p] = p.detach().float()
     model.to(dtype)
-    for name, p in keep.items():
-        p.data = kept[name]
+    for p, x in kept.items():
+        p.data = x
+    for name, module in model.named_modules():
+        if dtype.itemsize == 2 and norms.fullmatch(name):
+            module.register_forward_pre_hook(in_float32)
     return model
+
+
+def in_float32(module, inputs):
+    return inputs[0].float()
 
 
 def load_weights(model, weights, path, new=(), original_name=same_name):
