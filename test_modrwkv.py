@@ -2601,10 +2601,8 @@ def test_released_layouts(layout, pretrained, official, official_before_7, tmp_p
     asked = [("<image>\nWhat?", "This."), ("Why?", None)]
     segments = conversation(dataclasses.replace(ours.config, tokenizer="bytes"), asked, iter([picture(0)]))
     tags = {65530: text("{"), 65531: text("}")}
-    assert (
-        spell([tags.get(data[0], (kind, data)) if kind == "text" else (kind, data) for kind, data in segments])
-        == prompt
-    )
+    segments = [tags.get(data[0], (kind, data)) if kind == "text" else (kind, data) for kind, data in segments]
+    assert spell(segments) == prompt
 
     convert(path, tmp_path / "ckpt.pt")
     again, want = load(tmp_path), ours.state_dict()
@@ -2621,30 +2619,28 @@ SIZED += " (mlp|proj).2.weight conv.bias gate.weight"
 NEW = "foo blocks.0.ffn.s_emb.weight proj.more.weight blocks.1.att.qkv.weight adapter.image.extra".split()
 
 
-@pytest.mark.parametrize("layout", ["ours", *RELEASED])
-def test_checkpoints_that_do_not_fit(layout, pretrained, checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize("layout", RELEASED)
+def test_checkpoints_that_do_not_fit(layout, pretrained, tmp_path, monkeypatch):
     """What is missing, too much or misshapen is named as the file names it. SIZED tensors tell what fits, and without
     a proj.weight there is no adapter."""
-    path = checkpoint[0] if layout == "ours" else released(layout, tmp_path / "x.pth")[0]
-    contents = torch.load(path)
-    data = contents.get("model", contents)
+    path, _ = released(layout, tmp_path / "x.pth")
+    data, sized = torch.load(path), re.compile(f"({'|'.join(SIZED.split())})$")
 
     def message(name, x):
         z = data | {name: x}
         if x is None:
             del z[name]
-        content = contents | {"model": z} if layout == "ours" else z
-        monkeypatch.setattr("data.released.read_any_file", lambda path: content)
+        monkeypatch.setattr("data.released.read_any_file", lambda path: z)
         words = refusal(load, path)
         assert words.startswith(str(path))
         return words
 
-    sized = re.compile(f"({'|'.join(SIZED.split())})$")
     names = [name for name, x in data.items() if x.shape != (2,) and name != "proj.weight"]
     for i, name in enumerate(name for name in names if not re.search(r"(blocks|layers)\.0\.", name)):
-        x = data[name]
-        wrong = [None, 5] if sized.search(name) else [None, 5, torch.cat([x, x], -1)]
-        if len(wrong) > 2 and x.dim() == 2 and len(x) != len(x.T):
+        x, wrong = data[name], [None, 5]
+        if not sized.search(name):
+            wrong.append(torch.cat([x, x], -1))
+        if not sized.search(name) and x.dim() == 2 and len(x) != len(x.T):
             wrong.append(x.T)
         words = message(name, wrong[i % len(wrong)])
         other_name = name.replace("adapter.mlp", "adapter.proj") if "July" in layout else name  # in other files
@@ -2778,17 +2774,6 @@ def test_conversions_change_no_bit(rwkv, n_layer, dtype, chain, tmp_path):
         assert f"RWKV-{rwkv}" in refusal(convert, tmp_path / "in.pth", tmp_path / "fla")
 
 
-def test_generate_yields_tokens_and_stops_where_it_is_told(model, monkeypatch):
-    """Of tokens that the model gives: an end token, an answer of send(), and max_new_tokens each end a sample."""
-    script(monkeypatch, [5, 6, 0, 7, 8, 9])  # by turns of both samples
-    assert list(model.generate([[text("x")], [text("yy")]], max_new_tokens=3)) == [[5, 6], [0, 7], [None, 9]]
-    script(monkeypatch, [5, 6, 7, 8])
-    steps = model.generate([[text("x")], [text("yy")]])
-    assert next(steps) == [5, 6] and steps.send([True, False]) == [None, 8]
-    with pytest.raises(StopIteration):
-        steps.send([False, True])
-
-
 def test_vocabulary_sizes_are_the_tokenizers():
     """ModRWKV's default, which needs no tokenizer, against the tokenizer; gpt2's vocabulary may not be at hand."""
     for tokenizer, want in (("bytes", get_tokenizer("bytes").vocab_size), ("gpt2", 50257)):
@@ -2898,27 +2883,6 @@ def encoded(encoder, media):
     return features(encoder, [load_media(encoder, media)])[0]
 
 
-@pytest.mark.parametrize("family", ["siglip", "siglip, both towers", "clip", "dinov2"])
-@torch.no_grad()
-def test_pretrained_image_encoders(family, folders):
-    """A batch of pictures of several sizes and modes, against the library's processor and model."""
-    import transformers as hf
-
-    folder = folders(family)
-    encoder = modrwkv.read_pretrained("image", folder)
-    kinds = {"siglip": hf.SiglipVisionModel, "clip": hf.CLIPVisionModel, "dinov2": hf.Dinov2Model}
-    theirs = kinds[family.split(",")[0]].from_pretrained(folder, dtype=torch.float32)
-    processor = hf.AutoImageProcessor.from_pretrained(folder, backend="pil")
-    pictures = [noise(*size) for size in [(32, 32), (57, 40), (40, 90), (41, 300), (7, 9)]]
-    pictures += [noise(50, 60).convert(mode) for mode in ("L", "P")]
-    want = theirs(**processor([picture.convert("RGB") for picture in pictures], return_tensors="pt")).last_hidden_state
-    media = [load_media(encoder, picture) for picture in pictures]
-    for x, got in zip(want, features(encoder.double(), media), strict=True):
-        assert got.shape == (16 + encoder.cls, 32) and distance(got, x) < 1e-5
-    assert encoder.width == 32 and encoder.cls == (family in ("clip", "dinov2")) and encoder.columns(media[0]) == 4
-    assert {encoder.length(x) for x in media} == {16 + encoder.cls}
-
-
 @torch.no_grad()
 def test_several_image_encoders_side_by_side(folders):
     """Against each one's features, channel by channel, without the CLS token."""
@@ -2934,9 +2898,15 @@ def test_several_image_encoders_side_by_side(folders):
 
 
 def library_features(family, folder, x):
-    """What the library makes of samples alone; of Whisper in parts of two seconds, without the silence behind them."""
+    """What the library makes of a picture or a sound alone; of Whisper in parts of two seconds, without the silence
+    behind them."""
     import transformers as hf
 
+    if isinstance(x, Image.Image):
+        classes = {"siglip": hf.SiglipVisionModel, "clip": hf.CLIPVisionModel, "dinov2": hf.Dinov2Model}
+        model = classes[family.split(",")[0]].from_pretrained(folder, dtype=torch.float32)
+        inputs = hf.AutoImageProcessor.from_pretrained(folder, backend="pil")(x.convert("RGB"), return_tensors="pt")
+        return model(**inputs).last_hidden_state[0]
     prepare = hf.AutoFeatureExtractor.from_pretrained(folder)
     if family != "whisper":
         inputs = prepare(x.numpy(), sampling_rate=16000, return_tensors="pt")["input_values"]
@@ -2949,19 +2919,29 @@ def library_features(family, folder, x):
     return torch.cat(parts)
 
 
-@pytest.mark.parametrize("family", ["wavlm", "wavlm, large", "whisper"])
+PICTURES = [noise(*size) for size in [(32, 32), (57, 40), (40, 90), (41, 300), (7, 9)]]
+PICTURES += [noise(50, 60).convert(mode) for mode in ("L", "P")]
+SOUND_LENGTHS = 400, 1000, 9000, 16000, 32000, 32161, 70000
+SOUNDS = [torch.randn(n, generator=torch.Generator().manual_seed(n)) / 5 + 0.1 for n in SOUND_LENGTHS]
+FAMILIES = "siglip; siglip, both towers; clip; dinov2; wavlm; wavlm, large; whisper".split("; ")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_pretrained_audio_encoders(family, folders):
-    """Sounds in a batch, against what the library makes of each alone."""
-    encoder = modrwkv.read_pretrained("audio", folders(family))
+def test_pretrained_encoders(family, folders):
+    """Pictures or sounds in a batch, against what the library makes of each alone."""
+    kind, given = ("audio", SOUNDS) if family.startswith("w") else ("image", PICTURES)
+    encoder = modrwkv.read_pretrained(kind, folders(family))
     encoder.train()  # dropout and masks in time would show
-    lengths = 400, 1000, 9000, 16000, 32000, 32161, 70000
-    sounds = [torch.randn(n, generator=torch.Generator().manual_seed(n)) / 5 + 0.1 for n in lengths]
-    media = [load_media(encoder, x) for x in sounds]
-    for x, prepared, got in zip(sounds, media, features(encoder, media), strict=True):
+    media = [load_media(encoder, x) for x in given]
+    for x, prepared, got in zip(given, media, features(encoder, media), strict=True):
         assert distance(got, library_features(family, folders(family), x)) < 1e-5
         assert len(got) == encoder.length(prepared)
-    assert encoded(encoder, sounds[0][:9]).isfinite().all()  # shorter than the first feature's receptive field
+    if kind == "image":
+        assert (encoder.width, encoder.columns(media[0]), encoder.length(media[0])) == (32, 4, 16 + encoder.cls)
+        assert encoder.cls == (family in ("clip", "dinov2"))
+    else:
+        assert encoded(encoder, given[0][:9]).isfinite().all()  # shorter than the first feature's receptive field
 
 
 def test_pretrained_encoders_are_frozen_and_not_stored(folders):
@@ -3166,16 +3146,18 @@ def test_data_sets_say_which_file_is_wrong(name, line, words, voices, tmp_path, 
     for folder in ("empty", "bad"):
         Path(folder).mkdir()
     written = {"short": b"short", "short.arrow": b"short", "binary": b"\xff\xfe" * 50, "bad/1_a_0.wav": b"RIFF"}
-    written |= {"no.json": b'[{"image": "x.jpg"}]', "empty.json": b"[]", "cut.zip": b"PK", "cut.tar.gz": b"\x1f\x8b"}
+    written |= {"no.json": b'[{"image": "x.jpg"}]', "empty.json": b"[]", "cut.zip": b"PK", "noise": os.urandom(5000)}
     for path, content in written.items():
         Path(path).write_bytes(content)
+    Path("cut.tar.gz").write_bytes(packed(Path(), "whole.tar.gz", "noise").read_bytes()[:-200])
     jsonl(Path("no.jsonl"), {"target": [1, 2]}, {"item_id": 1})
     jsonl(Path("one.jsonl"), {"item_id": "1", "target": [*range(300)]})
     with pytest.raises(SystemExit) as e:
         prepare(name, *line.replace("VOICES", str(voices)).split(), "--out=out")
     message = str(e.value)
     assert message.startswith("error: ") and "\n" not in message
-    assert not [word for word in words.split() if word not in message] and not [*Path().glob("out/*.jsonl")]
+    assert not [word for word in words.split() if word not in message]
+    assert not [path for path in Path().glob("out/*") if path.is_dir() or path.suffix == ".jsonl"]
 
 
 def parts(folder, *names):
@@ -3523,11 +3505,8 @@ def test_spoken_digits_hold_one_speaker_out(voices, tmp_path):
 
 def test_spoken_digits_are_stretched_cut_and_equalised():
     """A tone's length and frequency, noise that steps from loud to faint, a filter's gain against its own draws."""
-    data, g, x = (
-        functions_of("spoken_digits"),
-        np.random.default_rng(0),
-        np.sin(2 * np.pi * 300 * np.arange(8000) / 8000),
-    )
+    data, g = functions_of("spoken_digits"), np.random.default_rng(0)
+    x = np.sin(2 * np.pi * 300 * np.arange(8000) / 8000)
     for factor in (0.7, 1.0, 1.3):
         for y, hz in ((data["stretch"](x, factor), 300), (data["vary"](x, 1.2, factor), 360)):
             spectrum = np.abs(np.fft.rfft(y[400:-400] * np.hanning(len(y) - 800)))
@@ -3609,11 +3588,10 @@ def test_llava_mix_is_mended_and_what_is_missing_is_named(tmp_path, capsys):
     assert "4 records whose picture is missing" in capsys.readouterr().out and len(everything(out)) == 80
 
 
-def packed(folder, archive, *names):
+def packed(folder, archive, name):
     with tarfile.open(archive, "w:gz") as tar:
-        for name in names:
-            tar.add(folder / name, name)
-    return archive
+        tar.add(folder / name, name)
+    return Path(archive)
 
 
 def librispeech(folder):
@@ -3919,10 +3897,11 @@ def trained(counting, tmp_path_factory):
     return out, words, load(out / "ckpt.pt")
 
 
-def test_a_run_leaves_its_log_checkpoint_and_curve(trained):
-    """Against the files, steps and keys that the README names."""
+def test_a_run_leaves_its_log_checkpoint_and_curve(trained, counting):
+    """Against the files, steps and keys that the README names; a second run touches none of them."""
     out = trained[0]
-    assert sorted(p.name for p in out.iterdir()) == ["ckpt.pt", "log.jsonl", "loss.png"]
+    before = contents(out)
+    assert list(before) == ["ckpt.pt", "log.jsonl", "loss.png"]
     steps = [x for x in log(out) if "loss" in x]
     assert [x["step"] for x in log(out) if "val_loss" in x] == [50, 100]
     assert [x["step"] for x in steps] == list(range(1, 101))
@@ -3933,6 +3912,10 @@ def test_a_run_leaves_its_log_checkpoint_and_curve(trained):
     assert sum(curve[-5:]) < 0.3 * sum(curve[:5])
     with Image.open(out / "loss.png") as image:
         assert image.format == "PNG" and image.getextrema()[0][0] < 255
+    message = refusal(train.main, [*TINY, f"--data={counting[0]}", "--max_steps=1", f"--out_dir={out}"])
+    assert "ckpt.pt" in message and "--resume" in message and "--out_dir" in message
+    assert "100 steps" in refusal(train.main, ["--resume", f"--out_dir={out}"])
+    assert contents(out) == before
 
 
 def test_a_run_scores_what_was_held_out(trained, counting):
@@ -4063,15 +4046,14 @@ def test_the_benchmark_is_every_window_of_the_test_split(small_chat, tmp_path):
     assert "too few" in refusal(sample.main, [f"--out_dir={tmp_path / 'x.pt'}", f"--eval={short}"])
 
 
-ETT = REPO.parent / "shared/data/ett/ETTh1.csv"
-
-
-@pytest.mark.skipif(not ETT.exists(), reason="ETTh1.csv is not at hand")
 def test_naive_forecasts_of_etth1():
     """Against the published mean squared errors."""
+    table = REPO.parent / "shared/data/ett/ETTh1.csv"
+    if not table.exists():
+        pytest.skip("ETTh1.csv is not at hand")
     forecast = Mock(side_effect=lambda x, scale: x[:, -1:].expand(-1, 96))
     naive = SimpleNamespace(config=Config(), encoder={"series"}, forecast=forecast)
-    scores = data_scores.benchmark(naive, str(ETT), 1024)
+    scores = data_scores.benchmark(naive, str(table), 1024)
     published = {"repeat the last point": 1.2944, "repeat the last 24": 0.5122, "mean of the lookback": 0.7217}
     assert {name: round(scores[name]["mse"], 4) for name in published} == published
     assert scores["windows"] == 7 * 2785
@@ -4091,16 +4073,6 @@ def test_sample_command(record, flags):
     """Against what a shell makes of it."""
     record = dict(record, _folder=os.path.join(os.getcwd(), "x"))
     assert shlex.split(data_records.sample_command(record)) == flags
-
-
-def test_a_second_run_does_not_touch_the_first(trained, counting):
-    """Against the files before."""
-    out = trained[0]
-    before = contents(out)
-    message = refusal(train.main, [*TINY, f"--data={counting[0]}", "--max_steps=1", f"--out_dir={out}"])
-    assert "ckpt.pt" in message and "--resume" in message and "--out_dir" in message
-    assert "100 steps" in refusal(train.main, ["--resume", f"--out_dir={out}"])
-    assert contents(out) == before
 
 
 def test_a_language_model_is_given_the_encoder_of_the_presets(trained, counting, tmp_path, monkeypatch):
@@ -4250,21 +4222,21 @@ def test_resume_scores_again_and_goes_on_with_the_same_settings(whole, tmp_path)
     assert {key for key in old if old[key] != new[key]} == {"resume", "out_dir", "max_steps"}
 
 
-def complaint(result):
-    """The line with which a failed run ended."""
-    assert result.returncode != 0 and "Traceback" not in result.stderr and result.stderr.count("error: ") == 1
-    *_, last = result.stderr.splitlines()
-    assert last.startswith("error: "), result.stderr
-    return last
-
-
 def test_disk_full(counting, tmp_path):
-    """Much as it is when a file may hold so many bytes only (Python ignores SIGXFSZ)."""
+    """Much as it is when a file may hold so many bytes only (Python ignores SIGXFSZ); one line on stderr, no traceback,
+    as of sample.py."""
     out = tmp_path / "out"
+
+    def complaint(*command, **how):
+        result = run(command, cwd=tmp_path, **how)
+        *_, last = result.stderr.splitlines()
+        assert result.returncode != 0 and "Traceback" not in result.stderr and result.stderr.count("error: ") == 1
+        assert last.startswith("error: "), result.stderr
+        return last
 
     def limited(size, *flags):
         limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
-        return complaint(run([REPO / "train.py", "--num_workers=0", *flags], cwd=tmp_path, preexec_fn=limit))
+        return complaint(REPO / "train.py", "--num_workers=0", *flags, preexec_fn=limit)
 
     learn(out, counting, "--max_steps=2")
     before = contents(out)["ckpt.pt"]
@@ -4275,6 +4247,7 @@ def test_disk_full(counting, tmp_path):
     assert len(column(out, "loss")) == 3
     data = f"--data={counting[0]}", f"--val_data={counting[1]}"
     assert "log.jsonl" in limited(100, *TINY, *data, "--out_dir=other")
+    assert "nowhere" in complaint(REPO / "sample.py", "--out_dir=nowhere", "--prompt=Hi")
 
 
 @pytest.fixture(scope="session")
@@ -4378,11 +4351,10 @@ CANNOT_ALLOCATE = RuntimeError("DefaultCPUAllocator: can't allocate memory")
 @pytest.mark.parametrize("calls, error", [(0, OUT_OF_MEMORY), (1, CANNOT_ALLOCATE), (4, OUT_OF_MEMORY)])
 def test_running_out_of_memory_is_one_sentence(calls, error, counting, tmp_path, monkeypatch):
     """In the trial, the first step and a later one: as torch raises it on a GPU, and as the CPU's allocator does."""
-    loss, done = ModRWKV.loss, []
+    loss, left = ModRWKV.loss, iter(range(calls))
 
     def fails(*args, **more):
-        done.append(1)
-        if len(done) > calls:
+        if next(left, None) is None:
             raise error
         return loss(*args, **more)
 
@@ -4431,7 +4403,7 @@ def test_workers_change_nothing_and_name_the_record(counting, tmp_path):
 
 @pytest.mark.parametrize("muon", [False, True])
 def test_what_was_never_trained_has_no_moments_after_resuming(muon):
-    """Against the states before: AdamW counts a parameter's steps, so that a state too many is another first step."""
+    """Against the names before: AdamW counts a parameter's steps, so that a state too many is another first step."""
 
     def new():
         model = ModRWKV(Config(n_layer=1, n_embd=32, head_size=16))
@@ -4440,12 +4412,9 @@ def test_what_was_never_trained_has_no_moments_after_resuming(muon):
         optimizers += [torch.optim.Muon([group], adjust_lr_fn="match_rms_adamw") for group in groups[3:]]
         return model, optimizers
 
-    def states(model, optimizers):
-        names = {p: name for name, p in model.named_parameters()}
-        moments = {}
-        for p, state in itertools.chain(*(optimizer.state.items() for optimizer in optimizers)):
-            moments |= {(names[p], key): torch.as_tensor(x) for key, x in state.items()}
-        return moments
+    def with_moments(model, optimizers):
+        found = set().union(*(optimizer.state for optimizer in optimizers))
+        return {name for name, p in model.named_parameters() if p in found}
 
     model, optimizers = new()
     model.loss([[("answer", codes("text"))]]).backward()
@@ -4454,9 +4423,9 @@ def test_what_was_never_trained_has_no_moments_after_resuming(muon):
     saved = train.state_dicts.get_optimizer_state_dict(model, optimizers, options=train.WHOLE)
     other, resumed = new()
     train.load_optimizer_state(other, resumed, saved)
-    before, after = states(model, optimizers), states(other, resumed)
-    assert before.keys() == after.keys() and not any("image" in name for name, _ in before)
-    assert all(torch.equal(x, after[key]) for key, x in before.items())
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert with_moments(other, resumed) == with_moments(model, optimizers) == trained
+    assert trained and not any("image" in name for name in trained)
 
 
 def test_compiled_blocks_learn_the_same(digits, tmp_path, monkeypatch):
@@ -4828,14 +4797,12 @@ def test_questions_that_cannot_be_answered(small_chat, trained, monkeypatch):
         for stream in (False, True):
             assert words in refusal(small_chat.ask, **question, stream=stream)
     # fmt: on
-    with pytest.raises(TypeError, match="media"):
-        small_chat.ask("What?", media="x.png")
     for media in ("x.png", ["x.png"], [("picture", "x.png")]):
         assert "pairs (kind, path)" in refusal(data_records.question, small_chat.model, "What?", media)
     pieces = small_chat.ask("What?", max_new_tokens=30, temperature=2.0, stream=True)
     next(pieces)
-    assert small_chat.state is state  # it was not given to its end
     del pieces
+    assert small_chat.state is state  # it was not given to its end
     monkeypatch.setattr(modrwkv, "sample_token", Mock(side_effect=[torch.tensor(66), torch.tensor(67), MemoryError]))
     with pytest.raises(MemoryError):
         small_chat.ask("What?")
@@ -4844,13 +4811,6 @@ def test_questions_that_cannot_be_answered(small_chat, trained, monkeypatch):
     for sound in (np.zeros(999, np.float32), "x.wav"):
         assert "no audio encoder" in refusal(deaf.ask, "What?", audio=sound)
     assert "series encoder" in refusal(deaf.forecast, [1.0, 2.0])
-    assert "nowhere" in refusal(sample.Chat, "nowhere") and "ckpt.pt" in refusal(sample.Chat, ".")
-    assert "foo" in refusal(sample.Chat, trained[0], device="foo")
-
-
-def test_errors_as_the_user_sees_them(odd):
-    """One line on stderr, without a traceback."""
-    assert "good.jsonl" in complaint(run([REPO / "sample.py", "--out_dir=good.jsonl", "--prompt=Hi"], cwd=odd))
 
 
 # ------------------------------------------------------------ a pretend GPU
@@ -4891,9 +4851,6 @@ class GpuTensor(torch.Tensor):
     def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
         raise RuntimeError(f"{operation}: the pretend GPU of this tensor is no more")
 
-    def __repr__(self):
-        return f"{self.numbers}, device='{self.device}'"
-
     def __reduce_ex__(self, protocol):  # as torch.save stores it
         self.gpu.waits["save"] += 1
         return self.numbers.__reduce_ex__(protocol)
@@ -4914,23 +4871,25 @@ class PretendGpu(TorchDispatchMode):
         self.kind, self.half, self.generators, self.waits = kind, False, {}, Counter()
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        name, kwargs = operation.__name__.split(".")[0], dict(kwargs or {})
-        inputs = []
+        name, kwargs, inputs = operation.__name__.split(".")[0], dict(kwargs or {}), []
         each(inputs.append, (args, kwargs))
-        mine = [x for x in inputs if isinstance(x, GpuTensor)]
-        on_cpu = [x for x in inputs if isinstance(x, torch.Tensor) and x.device.type == "cpu"]
+        tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+        mine = [x for x in tensors if isinstance(x, GpuTensor)]
+        on_cpu = [x for x in tensors if x.device.type == "cpu"]
         here = bool(mine)
         if kwargs.get("device"):
             here = self.is_here(torch.device(kwargs["device"]))
             kwargs["device"] = torch.device("cpu") if here else kwargs["device"]
-        self.count(name, args, kwargs, inputs, on_cpu, here)
-        if mine and name not in ("copy_", "_to_copy"):
-            self.refuse_both_devices(name, args, on_cpu)
+        self.count(name, args, kwargs, tensors, here)
+        indices = args[1] if name.startswith("index") and isinstance(args[1], list | tuple) else ()
+        wrong = [x for x in on_cpu if x.dim() and not any(x is index for index in indices)]
+        if wrong and mine and name not in ("copy_", "_to_copy"):  # single numbers and indices may be on the CPU
+            raise RuntimeError(f"{name}: Expected all tensors to be on the same device, but found {wrong[0].shape}")
         if here and any(isinstance(x, torch._C.Generator) and x._cdata not in self.generators for x in inputs):
             raise RuntimeError(f"{name}: Expected a '{self.kind}' device type for generator but found 'cpu'")
         if name == "_fused_sdp_choice":
             return 0  # attention by plain operations: what the CPU would choose is for CPU tensors
-        known, dtype = {id(x.numbers): x for x in mine}, self.cast(name, inputs)
+        known, dtype = {id(x.numbers): x for x in mine}, self.cast(name, tensors)
 
         def unwrap(x):
             x = x.numbers if isinstance(x, GpuTensor) else x
@@ -4940,9 +4899,7 @@ class PretendGpu(TorchDispatchMode):
             if not isinstance(x, torch.Tensor) or id(x) in known:  # what is changed in place stays the same tensor
                 return known.get(id(x), x)
             if self.kind == "mps" and x.dtype == torch.float64:
-                raise TypeError(
-                    "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64"
-                )
+                raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
             return GpuTensor(self, x)
 
         made = operation(*each(unwrap, args), **each(unwrap, kwargs))
@@ -4954,9 +4911,10 @@ class PretendGpu(TorchDispatchMode):
             raise RuntimeError(f"{device}: invalid device ordinal")
         return device.type == self.kind or device == torch.device("meta", 0)
 
-    def count(self, name, args, kwargs, inputs, on_cpu, here):
+    def count(self, name, args, kwargs, tensors, here):
         """Counts what the host waits for: copies, results that it needs, and masks, whose sums it needs."""
-        mine = any(isinstance(x, GpuTensor) for x in inputs)
+        mine = any(isinstance(x, GpuTensor) for x in tensors)
+        on_cpu = [x for x in tensors if x.device.type == "cpu"]
         if name in ("copy_", "_to_copy"):
             up = isinstance(args[0], GpuTensor) if name == "copy_" else here
             if up and on_cpu and not kwargs.get("non_blocking", args[2:] == (True,)):
@@ -4966,22 +4924,12 @@ class PretendGpu(TorchDispatchMode):
         elif mine and name in WAITS:
             self.waits[name] += 1
         elif mine and name.startswith("index"):
-            masks = [x for x in inputs[1:] if isinstance(x, torch.Tensor) and x.dtype == torch.bool]
-            self.waits["mask"] += len(masks)
+            self.waits["mask"] += sum(x.dtype == torch.bool for x in tensors[1:])
             self.waits["copy to the GPU"] += sum(x.dim() > 0 for x in on_cpu)
 
-    def refuse_both_devices(self, name, args, on_cpu):
-        """Only single numbers, and the indices of a tensor that is here, may be on the CPU."""
-        indices = args[1] if name.startswith("index") and isinstance(args[1], list | tuple) else ()
-        wrong = [x for x in on_cpu if x.dim() and not any(x is index for index in indices)]
-        if wrong:
-            raise RuntimeError(
-                f"{name}: Expected all tensors to be on the same device, but found cpu, {tuple(wrong[0].shape)}"
-            )
-
-    def cast(self, name, inputs):
+    def cast(self, name, tensors):
         """The dtype of an operation, where not its inputs'. In a backward pass what was saved was not yet cast."""
-        floats = {x.dtype for x in inputs if isinstance(x, torch.Tensor) and x.is_floating_point()}
+        floats = {x.dtype for x in tensors if x.is_floating_point()}
         backward = torch._C._current_graph_task_id() != -1 and len(floats) > 1
         to_float = AUTOCAST_TO_FLOAT if self.half else ()
         to_half = AUTOCAST_TO_HALF if self.half or backward else ()
