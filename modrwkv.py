@@ -1770,14 +1770,14 @@ class ModRWKV(nn.Module):
         device, B = x.device, len(x)
         seeds = seed if isinstance(seed, list) else [seed] * B
         rngs = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-        counts, done = torch.zeros(B, len(self.head.weight), device=device), [False] * B
-        step = step or self.step
+        penalised, step, done = presence_penalty or frequency_penalty, step or self.step, [False] * B
+        counts = torch.zeros(B, len(self.head.weight) if penalised else 0, device=device)
         for n in range(1, max_new_tokens + 1):
             logits = self.head(x).float()
-            if presence_penalty or frequency_penalty:
+            if penalised:
                 logits = logits - (counts > 0) * presence_penalty - counts * frequency_penalty
             tokens = torch.stack([sample_token(z, temperature, top_k, top_p, rng) for z, rng in zip(logits, rngs)])
-            if presence_penalty or frequency_penalty:
+            if penalised:
                 counts = (penalty_decay * counts).scatter_add(1, tokens[:, None], torch.ones_like(counts[:, :1]))
             new = [None if rests else token for rests, token in zip(done, tokens.tolist())]
             stopped = (yield new) or [False] * B
