@@ -1725,7 +1725,7 @@ class ModRWKV(nn.Module):
         x = gather(vectors, (rows - n).clamp(min=0)) if vectors else 0
         if not n:
             return x
-        is_text = ((rows > 0) & (rows <= n))[..., None]
+        is_text = (rows <= n)[..., None]  # or padding, which nobody looks at
         return torch.where(is_text, self.emb(ids[(rows - 1).clamp(0, n - 1)]), x)
 
     def step(self, tokens, state):

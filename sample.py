@@ -41,7 +41,6 @@ from modrwkv import (
     write,
 )
 
-
 DTYPES = "auto", "float32", "bfloat16", "float16"
 
 
