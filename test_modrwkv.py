@@ -54,6 +54,7 @@ import modrwkv
 import sample
 import train
 from data import ablate
+from data import batches as data_batches
 from data import records as data_records
 from data import released as released_files
 from data import scores as data_scores
@@ -2897,10 +2898,11 @@ def test_help_lists_every_flag(capsys):
         assert f"--{field.name} " in out and f"{' '.join(field.metadata['help'].split())} [{field.default}]" in out
 
 
-@pytest.mark.parametrize("name", train.PRESETS)
+@pytest.mark.parametrize("name", data_records.PRESETS)
 def test_presets_are_flags(name):
     """Against the same flags on a command line; one that is given counts."""
-    want = sample.flags("", train.Train, Config, argv=[*train.PRESETS[name].split(), f"--data={name}", "--n_layer=9"])
+    preset = data_records.PRESETS[name].split()
+    want = sample.flags("", train.Train, Config, argv=[*preset, f"--data={name}", "--n_layer=9"])
     got = sample.flags("", train.Train, Config, argv=[f"--data={name}", "--n_layer=9"], presets=train.presets)
     assert got[:2] == want[:2] and got[2] == {"data", "n_layer"}
 
@@ -3977,7 +3979,7 @@ def batches(monkeypatch):
         records = records or [talk("q" * rng.randint(1, 50), "a", id=i, level=x) for i, x in enumerate(levels)]
         return train.Batches(records, train.Train(**dict(batch_size=8, level_steps=0) | settings), Echo())
 
-    monkeypatch.setattr(train, "record_sample", record_sample)
+    monkeypatch.setattr(data_batches, "record_sample", record_sample)
     return make
 
 
@@ -4742,7 +4744,7 @@ def test_presets_and_settings_are_shown(counting, tmp_path, capsys):
     """Against PRESETS, however the folder is spelled; --help shows the values that a run will have."""
     folder = REPO / "data" / "shapes"
     spelled = {train.presets(name) for name in ("shapes", str(folder), f"{folder}/", os.path.relpath(folder))}
-    assert spelled == {train.PRESETS["shapes"]} and train.presets("mine.jsonl") == ""
+    assert spelled == {data_records.PRESETS["shapes"]} and train.presets("mine.jsonl") == ""
     for flags in (["--data=shapes"], ["--data=digits,shapes", "--n_layer=3"], ["--data=spoken_digits,shapes"]):
         with pytest.raises(SystemExit):
             train.main([*flags, "--help"])

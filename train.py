@@ -8,19 +8,15 @@ torchrun --nproc_per_node=2 train.py --batch_size=128       the batch is the glo
 """
 
 import contextlib
-import copy
 import datetime
 import functools
 import importlib.util
-import itertools
 import json
 import math
 import os
-import random
-import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # read when torch is imported: OpenMP waits politely on a busy machine
 
@@ -28,35 +24,15 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as state_dicts
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data.records import (
-    cache_media,
-    data_set,
-    find_data,
-    held_out_samples,
-    read_data,
-    record_sample,
-    rough_length,
-    sample_command,
-)
-from data.released import read_checkpoint, read_timer
-from data.scores import draw_curve, errors, report, score
-from modrwkv import (
-    ENCODERS,
-    MEDIA,
-    Config,
-    InputError,
-    ModRWKV,
-    freeze,
-    has_kernel,
-    model_from_checkpoint,
-    parameter_groups,
-    setting,
-    write,
-)
-from sample import ask, find_device, flags
+import modrwkv
+from data.batches import Batches
+from data.records import cache_media, find_data, presets, read_data, sample_command
+from data.released import read_checkpoint, read_safetensors
+from data.scores import draw_curve, errors, evaluate, report
+from modrwkv import ENCODERS, MEDIA, Config, InputError, ModRWKV, model_from_checkpoint, setting
+from sample import find_device, flags
 
 
 @dataclass
@@ -107,135 +83,6 @@ class Train:
     seed: int = setting(1, "of the initial weights and the order of the data")
 
 
-# --------------------------------------------------------------------------------------------------- data
-
-SOUND = (
-    "--learning_rate=1.2e-3 --batch_size=32 --max_steps=2600 --level_steps=100 --eval_interval=650 --save_interval=650"
-)
-SERIES = "--encoder_width=48 --n_layer=3 --max_steps=3600 --eval_interval=900 --save_interval=900"
-PRESETS = {  # flags that suit a data set, where they are not given; of several data sets the last one's count
-    "digits": "--optimizer=muon",
-    "shapes": "--image_height=48 --patch_height=16 --patch_width=16 --conv_kernel=0 --image_trim=False --n_layer=3 "
-    "--prompt_style=last --learning_rate=1.2e-3 --batch_size=32 --max_steps=4000 --level_steps=100 "
-    "--eval_interval=1000 --save_interval=1000",
-    "morse": f"--optimizer=muon {SOUND}",
-    "spoken_digits": f"--optimizer=muon {SOUND}",
-    "librispeech": SOUND,
-    "aishell": SOUND,
-    "same": "--learning_rate=1.2e-3 --batch_size=16 --max_steps=4000 --level_steps=400 "
-    "--eval_interval=1000 --save_interval=1000",
-    "series": f"--optimizer=muon --loss_reduction=sample {SERIES}",
-    "gift_eval": SERIES,
-    "llava": "--image_height=64 --patch_height=16 --patch_width=16 --image_trim=False",
-}
-
-
-def presets(data):
-    """The flags that suit --data."""
-    return " ".join(PRESETS.get(data_set(name), "") for name in data.split(","))
-
-
-# --------------------------------------------------------------------------------------------------- batches
-
-
-def without_weights(model):
-    """A copy of the model that has shapes alone: what a worker process needs to prepare a batch."""
-    frozen = [part for encoder in model.encoder.values() for part in getattr(encoder, "models", ())]
-    tensors = [x for part in (model, *frozen) for x in itertools.chain(part.parameters(), part.buffers())]
-    return copy.deepcopy(model, {id(x): x.detach().to("meta") for x in tensors})
-
-
-def start_worker(_):
-    """Ctrl-C is for the process that trains; what its end does to a worker is nothing to speak of."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.excepthook = print_nothing  # errors in a batch go another way
-
-
-def print_nothing(*_):
-    pass
-
-
-class Batches(Dataset):
-    """The micro-batches of each step: a function of (seed, step) alone, so a resumed run needs no other position.
-
-    Every record comes once in an epoch; before that, while records of a higher level wait, draws are from the others,
-    and each folder keeps its share. Within a few batches, records of like length share a batch: less padding.
-    """
-
-    BUCKET = 8  # batches
-
-    def __init__(self, records, settings, model, rank=0, world=1):
-        self.records, self.settings, self.rank, self.world = records, settings, rank, world
-        self.model = without_weights(model)
-        self.levels = [record.get("level", 0) for record in records]
-        self.lengths = [rough_length(model, record, settings.ctx_len) for record in records]
-
-    @functools.lru_cache(2)
-    def order(self, epoch):
-        generator = torch.Generator().manual_seed(self.settings.seed * 1000003 + epoch)
-        return torch.randperm(len(self.records), generator=generator).tolist()
-
-    @functools.lru_cache(2)
-    def bucket(self, b):
-        """The batches of BUCKET steps, as lists of (place in the run, index of the record)."""
-        s, rng, n = self.settings, random.Random(f"{self.settings.seed} {b}"), len(self.records)
-        places = range(b * self.BUCKET * s.batch_size, (b + 1) * self.BUCKET * s.batch_size)
-        drawn = [(place, self.order(place // n)[place % n]) for place in places]
-        top = 1 + b * self.BUCKET // s.level_steps if s.level_steps else math.inf
-        if top < max(self.levels):
-            ready = {}
-            for i, level in enumerate(self.levels):
-                if level <= top:
-                    ready.setdefault(self.records[i].get("_folder"), []).append(i)
-            drawn = [(place, rng.choice(ready.get(self.records[i].get("_folder")) or [i])) for place, i in drawn]
-        drawn.sort(key=lambda place: self.lengths[place[1]])
-        batches = [drawn[i : i + s.batch_size] for i in range(0, len(drawn), s.batch_size)]
-        rng.shuffle(batches)
-        return batches
-
-    def __len__(self):
-        return self.settings.max_steps
-
-    def __getitem__(self, step):
-        """This process's micro-batches of a step, or an InputError, which a worker would raise with a traceback."""
-        batch = self.bucket(step // self.BUCKET)[step % self.BUCKET]
-        pieces = self.world * self.settings.grad_accum
-        size = len(batch) // pieces
-        micro_batches = [batch[i * size : (i + 1) * size] for i in range(self.rank, pieces, self.world)]
-        try:
-            return [self.collate(places) for places in micro_batches]
-        except InputError as e:
-            return e
-
-    def longest(self):
-        """The longest micro-batch that there can be: so many of the longest records."""
-        n = self.settings.batch_size // (self.world * self.settings.grad_accum)
-        by_length = sorted(range(len(self.records)), key=self.lengths.__getitem__, reverse=True)
-        return self.collate([(0, i) for i in itertools.islice(itertools.cycle(by_length), n)])
-
-    def collate(self, places):
-        return self.model.collate([self.sample(*place) for place in places])
-
-    @functools.lru_cache(16)
-    def whole(self, i):
-        """A text or a series, of which each sample is a window."""
-        return record_sample(self.model, self.records[i])
-
-    def sample(self, place, i):
-        """The segments of record i; of a text or a series a window, at random by its place in the run."""
-        if self.records[i].get("conversations"):
-            return record_sample(self.model, self.records[i])
-        [(kind, data)] = self.whole(i)
-        rng = random.Random(f"{self.settings.seed} {place}")
-        if kind == "forecast":
-            return self.model.window(data, rng)
-        start = rng.randrange(max(1, len(data) - self.settings.ctx_len))
-        return [(kind, data[start : start + self.settings.ctx_len + 1])]
-
-
-# --------------------------------------------------------------------------------------------------- the run
-
-
 def print0(*words):
     """Prints, in the process of rank 0."""
     if os.environ.get("RANK", "0") == "0":
@@ -267,59 +114,52 @@ def autocast_dtype(name, device):
     return torch.bfloat16 if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else torch.float32
 
 
-def read_run(s, given):
-    """(checkpoint, settings) of the run in out_dir that --resume goes on with."""
-    path = os.path.join(s.out_dir, "ckpt.pt")
+def read_run(path, s, given):
+    """(checkpoint, settings) of the run that --resume goes on with."""
     ckpt = read_checkpoint(path)
     if "train" not in ckpt:
         raise InputError(f"{path} was not written by train.py: start from its weights with --init_from")
-    names = {f.name for f in fields(Train)} - given
+    names = asdict(s).keys() - given
     old = {name: value for name, value in ckpt["train"].items() if name in names}
     return ckpt, Train(**asdict(s) | old | {"resume": True, "out_dir": s.out_dir})
 
 
-def start_model(s, config, given, records, ckpt):
-    """The model: the one to resume, that of --init_from, or a new one, with an encoder for each kind of media."""
-    names = {f.name for f in fields(Config)} & given
-    if ckpt:
-        return resumed_model(os.path.join(s.out_dir, "ckpt.pt"), config, names, ckpt)
+def start_model(s, config, given, records):
+    """The model of --init_from, or a new one, with an encoder for each kind of media that the records have."""
+    names, ckpt = given & asdict(config).keys(), None
     for kind in MEDIA:
         if f"{kind}_encoder" not in given:
             needed = any(record.get(kind) or kind == "series" and "target" in record for record in records)
             setattr(config, f"{kind}_encoder", next(iter(ENCODERS[kind])) if needed else "none")
-    timed = False
     if s.init_from:
         ckpt = read_checkpoint(s.init_from)
         has = {kind for kind in MEDIA if ckpt["config"].get(f"{kind}_encoder", "none") != "none"}
         changes = names | {f"{kind}_encoder" for kind in set(MEDIA) - has}
         if not has:  # a language model alone is given encoders and adapters as a new model has them
-            changes |= {f.name for f in fields(Config)} - LANGUAGE
+            language = {"rwkv", "n_layer", "n_embd", "head_size", "tokenizer", "template"}
+            changes |= asdict(config).keys() - language
         model = model_from_checkpoint(ckpt, s.init_from, **{name: getattr(config, name) for name in changes})
         for name in names:
-            if getattr(model.config, name) != getattr(config, name):
-                own = getattr(model.config, name)
-                raise InputError(f"{s.init_from} has {name}={own}, not {getattr(config, name)}")
-        timed = any(name.startswith("encoder.series.") for name in ckpt["model"])
+            own, wanted = getattr(model.config, name), getattr(config, name)
+            if own != wanted:
+                raise InputError(f"{s.init_from} has {name}={own}, not {wanted}")
     else:
         model = ModRWKV(config)
-    if model.config.series_encoder == "timer" and (s.timer_weights or not timed):
-        if not s.timer_weights:
-            raise InputError(
-                "--series_encoder=timer is pretrained: name its weights with --timer_weights=model.safetensors"
-            )
-        read_timer(model.encoder["series"], s.timer_weights)
+    if model.config.series_encoder == "timer":
+        if s.timer_weights:
+            modrwkv.load_weights(model.encoder["series"], read_safetensors(s.timer_weights), s.timer_weights)
+        elif not ckpt or not any(name.startswith("encoder.series.") for name in ckpt["model"]):
+            advice = "name its weights with --timer_weights=model.safetensors"
+            raise InputError(f"--series_encoder=timer is pretrained: {advice}")
     return model
-
-
-LANGUAGE = {"rwkv", "n_layer", "n_embd", "head_size", "tokenizer", "template"}  # settings of the language model
 
 
 def resumed_model(path, config, given, ckpt):
     """The model of a checkpoint; of the settings `given` only the place of a pretrained encoder may differ from it."""
-    old = {f.name: ckpt["config"].get(f.name, f.default) for f in fields(Config)}
+    old = asdict(Config()) | ckpt["config"]
     scratch = {"none", *ENCODERS["image"], *ENCODERS["audio"]}
     moved = {}
-    for name in given:
+    for name in given & asdict(config).keys():
         new = getattr(config, name)
         if name in ("image_encoder", "audio_encoder") and not {old[name], new} & scratch:
             moved[name] = new
@@ -379,33 +219,27 @@ def memory_advice():
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as e:
         if not isinstance(e, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(e):
             raise
-        raise InputError(
-            "out of memory: take a larger --grad_accum, a smaller --batch_size, --checkpoint_activations, "
-            "or --shard under torchrun"
-        ) from e
+        less = "a larger --grad_accum, a smaller --batch_size, --checkpoint_activations, or --shard under torchrun"
+        raise InputError(f"out of memory: take {less}") from e
 
 
-def peak_memory(device):
-    """The most bytes that were allocated on the GPU, or that this process had, since reset_peak_memory."""
+def peak_memory(device, reset=False):
+    """The most bytes that were allocated on the GPU, or that this process had, since a reset; 0 where not known."""
     if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError), open("/proc/self/status") as f:
-        return 1024 * int(f.read().split("VmHWM:")[1].split()[0])
-    return 0  # not known: no Linux
-
-
-def reset_peak_memory(device):
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
+    if reset:
         with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as f:
             f.write("5")
+    with contextlib.suppress(OSError), open("/proc/self/status") as f:  # Linux
+        return 1024 * int(f.read().split("VmHWM:")[1].split()[0])
+    return 0
 
 
 def try_longest(objective, batches, scaler, amp, device):
     """Forward and backward of the longest micro-batch there can be, which changes nothing; a line about its memory."""
-    reset_peak_memory(device)
-    before = peak_memory(device)
+    before = peak_memory(device, reset=True)
     with memory_advice():
         with amp():
             loss = objective(batches.longest().to(device), 1)
@@ -427,10 +261,10 @@ def load_optimizer_state(model, optimizers, state):
             optimizer.load_state_dict(own)
         return
     state_dicts.set_optimizer_state_dict(model, optimizers, state, options=WHOLE)
-    names = {p: name for name, p in model.named_parameters()}
+    untrained = {p for name, p in model.named_parameters() if name not in state["state"]}
     for optimizer in optimizers:
-        for p in optimizer.state.keys() - {p for p, name in names.items() if name in state["state"]}:
-            del optimizer.state[p]  # made up by set_optimizer_state_dict for what was never trained
+        for p in untrained.intersection(optimizer.state):
+            del optimizer.state[p]  # made up by set_optimizer_state_dict
 
 
 WHOLE = state_dicts.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=False)
@@ -474,65 +308,35 @@ class Log:
         except OSError as e:
             raise InputError(f"could not write {self.path}: {e.strerror}; the last checkpoint is kept") from e
 
-    def step(self, loss, norm, **entry):
-        self.pending.append((loss, norm, entry))
+    def step(self, **entry):
+        self.pending.append(entry)
 
     def flush(self):
         """Writes the pending steps; raises InputError at a loss that is not finite."""
-        if not self.pending:
-            return
-        losses, norms, entries = zip(*self.pending)
-        self.pending = []
-        values = torch.stack([torch.stack(losses), torch.stack(norms)], 1).tolist()
-        for (loss, norm), entry in zip(values, entries):
+        values = torch.stack([torch.stack([entry["loss"], entry["grad_norm"]]) for entry in self.pending])
+        for (loss, norm), entry in zip(values.tolist(), self.pending):
             if not math.isfinite(loss):
-                raise InputError(
-                    f"the loss is {loss} at step {entry['step'] - 1}: try a lower --learning_rate; "
-                    "the last checkpoint is kept"
-                )
+                advice = "try a lower --learning_rate; the last checkpoint is kept"
+                raise InputError(f"the loss is {loss} at step {entry['step'] - 1}: {advice}")
             self.loss_ema = loss if self.loss_ema is None else 0.95 * self.loss_ema + 0.05 * loss
             # an infinite norm: float16's first steps are skipped until its scale is found
             self.write(**entry | {"loss": loss, "grad_norm": norm if math.isfinite(norm) else None})
-
-
-@torch.no_grad()
-def evaluate(model, records, s, size, amp, n=None):
-    """(scores, records that were asked, their answers) of the first n held-out records, `size` samples at once."""
-    model.eval()
-    total, n_targets = 0.0, 0
-    samples = itertools.islice(held_out_samples(model, records, s.ctx_len), n)
-    with amp():
-        while part := list(itertools.islice(samples, size)):
-            batch = model.collate(part)
-            total += model.loss(batch, count=1).item()
-            n_targets += len(batch.n_targets)
-        if not n_targets:
-            raise InputError(f"there is nothing to predict in the first {n} held-out records")
-        asked = [record for record in records if record.get("conversations")][:n]
-        answers = ask(model, asked, size)
-    model.train()
-    return {"val_loss": total / n_targets, **score(asked, answers)}, asked, answers
+        self.pending = []
 
 
 def describe(s, model, device, dtype, world, first):
     """Prints what a run is made of."""
-    changed = [
-        f"--{f.name}={getattr(x, f.name)}"
-        for x in (s, model.config)
-        for f in fields(x)
-        if getattr(x, f.name) != f.default
-    ]
+    settings, defaults = asdict(s) | asdict(model.config), asdict(Train()) | asdict(Config())
+    changed = [f"--{name}={value}" for name, value in settings.items() if value != defaults[name]]
     print0(f"settings: {' '.join(changed)}")
     sizes = {name: p.numel() / 1e6 for name, p in model.named_parameters()}
     language = sum(n for name, n in sizes.items() if not name.startswith(("encoder.", "adapter.", "forecast_head.")))
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     processes = f", {world} processes" if world > 1 else ""
-    c = model.config
-    print0(
-        f"model: {language:.2f} M parameters of RWKV-{c.rwkv} ({c.n_layer} layers x {c.n_embd}), "
-        f"{sum(sizes.values()) - language:.2f} M "
-        f"of encoders and adapters; {device}, {str(dtype)[6:]}{threads}{processes}"
-    )
+    size = "RWKV-{rwkv} ({n_layer} layers x {n_embd})".format(**settings)
+    others = f"{sum(sizes.values()) - language:.2f} M of encoders and adapters"
+    where = f"{device}, {str(dtype)[6:]}{threads}{processes}"
+    print0(f"model: {language:.2f} M parameters of {size}, {others}; {where}")
     then = f", from step {first} on" if first else ""
     print0(f"training: {s.max_steps - first} steps of {s.batch_size} samples into {s.out_dir}{then}")
 
@@ -545,25 +349,23 @@ def main(argv=None):
     # the run to go on with, or a new one
     ckpt_path, ckpt = os.path.join(s.out_dir, "ckpt.pt"), None
     if s.resume:
-        ckpt, s = read_run(s, given)
+        ckpt, s = read_run(ckpt_path, s, given)
     elif os.path.exists(ckpt_path):
         raise InputError(f"{ckpt_path} exists: go on training it with --resume, or choose another --out_dir")
     if s.batch_size % (world * s.grad_accum):
-        raise InputError(
-            f"--batch_size={s.batch_size} is not a multiple of {world} process(es) x --grad_accum={s.grad_accum}"
-        )
+        pieces = f"{world} process(es) x --grad_accum={s.grad_accum}"
+        raise InputError(f"--batch_size={s.batch_size} is not a multiple of {pieces}")
     if s.shard and "shard" in given and world == 1:
         raise InputError("--shard is for several processes: torchrun --nproc_per_node=2 train.py ...")
     sharded = s.shard and world > 1  # one process may go on with a sharded run
     micro_size = s.batch_size // (world * s.grad_accum)
+
+    # data and model; the first process makes the folder and prepares the data, the others wait
     if rank == 0:
         try:
             os.makedirs(s.out_dir, exist_ok=True)
         except OSError as e:
             raise InputError(f"--out_dir={s.out_dir} cannot be made: {e.strerror}") from e
-
-    # data and model; the first process prepares the data, the others wait
-    if rank == 0:
         find_data(s.data, s.val_data)
     if world > 1:
         dist.barrier()
@@ -573,9 +375,10 @@ def main(argv=None):
     print0(f"data: {len(records):,} records to learn from ({names}), {len(val):,} held out")
     if any(record.get("audio") for record in val):
         errors([("a", "a")])  # better to miss jiwer now than when the answers are scored
-    model = start_model(s, config, given, records, ckpt).train()
+    model = resumed_model(ckpt_path, config, given, ckpt) if ckpt else start_model(s, config, given, records)
+    model.train()
     model.checkpoint_activations, model.feature_cache = s.checkpoint_activations, s.feature_cache
-    freeze(model, s.phase, s.freeze)
+    modrwkv.freeze(model, s.phase, s.freeze)
     (model.encoder if sharded else model).to(device)  # of a sharded model, each block goes there in parts
     if s.feature_cache:
         cache_media(model, (records + val)[rank::world])
@@ -585,10 +388,9 @@ def main(argv=None):
 
     # precision: float16 needs its gradients scaled
     dtype = autocast_dtype(s.dtype, device)
-    mixed = dtype != torch.float32
-    amp = functools.partial(
-        torch.autocast, device.type, dtype if mixed else torch.bfloat16, enabled=mixed, cache_enabled=not sharded
-    )
+    amp = contextlib.nullcontext
+    if dtype != torch.float32:
+        amp = functools.partial(torch.autocast, device.type, dtype, cache_enabled=not sharded)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     if sharded and dtype == torch.float16:
         raise InputError("--shard does not scale float16's gradients: take --dtype=bfloat16 or float32")
@@ -597,7 +399,7 @@ def main(argv=None):
     objective = Loss(model, s)
     compiled = s.compile
     if compiled is None:  # the recurrence in PyTorch's own operations compiles for minutes
-        fast = model.config.head_size in (16, 32, 64, 128) and device.type == "cuda" and has_kernel("cuda")
+        fast = model.config.head_size in (16, 32, 64, 128) and device.type == "cuda" and modrwkv.has_kernel("cuda")
         compiled = fast and importlib.util.find_spec("triton") is not None
     if compiled:
         for block in model.blocks[1:]:  # the first one is another graph: twice the compilations, for one layer
@@ -608,13 +410,12 @@ def main(argv=None):
         objective = DistributedDataParallel(objective, find_unused_parameters=True)
 
     # AdamW, and Muon for matrices
-    groups = parameter_groups(model, s.weight_decay, s.decay_lr, s.optimizer == "muon")
+    groups = modrwkv.parameter_groups(model, s.weight_decay, s.decay_lr, s.optimizer == "muon")
     fused = device.type in ("cpu", "cuda")
     optimizers = [torch.optim.AdamW(groups[:3], betas=(s.beta1, s.beta2), eps=s.adam_eps, fused=fused)]
     optimizers += [torch.optim.Muon([group], adjust_lr_fn="match_rms_adamw") for group in groups[3:]]
-    first = 0
+    first = ckpt["step"] if ckpt else 0
     if ckpt:
-        first = ckpt["step"]
         load_optimizer_state(model, optimizers, ckpt["optimizer"])
         if ckpt.get("scaler"):
             scaler.load_state_dict(ckpt["scaler"])
@@ -638,7 +439,7 @@ def main(argv=None):
             "train": asdict(s),
         }
         if rank == 0:
-            write(ckpt_path, state)
+            modrwkv.write(ckpt_path, state)
 
     def score_held_out(step, n):
         """Logged; a sharded model is scored by all processes at once, any other by the first one."""
@@ -648,30 +449,18 @@ def main(argv=None):
             objective.unshard()  # what is outside of the blocks
         eager = torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext()
         with eager, memory_advice():
-            scores, asked, answers = evaluate(model, val, s, s.eval_batch_size or micro_size, amp, n)
+            scores, asked, answers = evaluate(model, val, s.ctx_len, s.eval_batch_size or micro_size, amp, n)
         if sharded:
             objective.reshard()
         log.write(step=step, **scores)
         return scores, asked, answers
 
-    workers = s.num_workers if s.num_workers >= 0 else min(4, max(1, os.cpu_count() // world - 1))
-    loader = DataLoader(
-        batches,
-        batch_size=None,
-        sampler=range(first, s.max_steps),
-        num_workers=workers,
-        worker_init_fn=start_worker,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),
-    )
+    steps = batches.prefetched(first, pin_memory=device.type == "cuda")
     interval = 0.5 if sys.stderr.isatty() else 30
-    bar = tqdm(loader, initial=first, total=s.max_steps, disable=rank > 0, unit="step", mininterval=interval)
+    bar = tqdm(steps, initial=first, total=s.max_steps, disable=rank > 0, unit="step", mininterval=interval)
     t0, tokens = time.time(), 0
     try:
         for step, micro_batches in enumerate(bar, first):
-            if isinstance(micro_batches, InputError):
-                raise micro_batches
-
             # counts over all micro-batches and processes, made on the CPU: the loss is a mean over them
             counts = torch.tensor([count(batch, s) for batch in micro_batches]).sum(0)
             if world > 1:
@@ -712,7 +501,8 @@ def main(argv=None):
             saves = done % s.save_interval == 0 or ends
             tokens += n_tokens
             seconds = time.time() - t0
-            log.step(loss_sum, norm, step=done, lr=learning_rate(step, s), tokens=n_tokens, seconds=seconds)
+            entry = {"step": done, "lr": learning_rate(step, s), "tokens": n_tokens, "seconds": seconds}
+            log.step(**entry, loss=loss_sum, grad_norm=norm)
             if done % s.log_interval == 0 or scores or saves:
                 log.flush()
                 bar.set_postfix_str(f"loss {log.loss_ema:.3f}, {tokens / seconds:,.0f} tokens/s", refresh=False)

@@ -3,6 +3,7 @@
 text       tokenizers, templates, prompt styles: turns to token ids and places of media, tokens to answers
 media      pictures, sounds and tables to tensors, as each encoder takes them; a cache of encoder outputs
 records    LLaVA's JSON, JSONL and texts to samples
+batches    samples to the micro-batches of each training step
 released   checkpoints of others, and python -m data.released IN OUT, which converts
 scores     exact match, error rates, long-term forecasting
 ablate     python -m data.ablate NAME: the papers' tables

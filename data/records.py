@@ -5,7 +5,6 @@ A record is {"image": path, "conversations": [{"from": "human", "value": "<image
 and "series" are a path or a list of them, relative to the record's file; a series may be numbers, null where unknown.
 """
 
-import contextlib
 import functools
 import itertools
 import json
@@ -15,11 +14,9 @@ import shlex
 import subprocess
 import sys
 
-import soundfile
 import torch
-from PIL import Image
 
-from data.media import PICTURE_FORMATS, cache_features, load_media, read_features, read_series, reading
+from data.media import cache_features, load_media, read_features, read_series, reading
 from data.text import PLACEHOLDER, conversation, get_tokenizer
 from modrwkv import ENCODERS, MEDIA, InputError, Pretrained
 
@@ -185,22 +182,6 @@ def question(model, prompt, media=(), first=True):
     return segments(model, [(prompt, None)], media, first)
 
 
-def rough_length(model, record, ctx_len):
-    """About how long a record is as a sequence: characters, and what headers say of its pictures and sounds."""
-    n = min(len(record.get("text") or ""), ctx_len)
-    n += sum(len(question) + len(answer) + 4 for question, answer in record_turns(record))
-    for kind, path in record_media(record):
-        with contextlib.suppress(Exception):  # reading it whole will say what is wrong
-            if kind == "image" and not isinstance(
-                model.encoder[kind], Pretrained
-            ):  # of these all pictures have one length
-                with Image.open(path, formats=PICTURE_FORMATS) as image:
-                    n += 5 * image.width / image.height
-            elif kind == "audio":
-                n += 25 * soundfile.info(path).duration
-    return n
-
-
 def held_out_samples(model, records, ctx_len):
     """The samples of held-out records: long texts cut into windows, of series the last points to forecast."""
     for record in records:
@@ -233,6 +214,25 @@ def sample_command(record):
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 DATA_SETS = sorted(name for name in os.listdir(HERE) if os.path.exists(os.path.join(HERE, name, "prepare.py")))
+SOUND = (
+    "--learning_rate=1.2e-3 --batch_size=32 --max_steps=2600 --level_steps=100 --eval_interval=650 --save_interval=650"
+)
+SERIES = "--encoder_width=48 --n_layer=3 --max_steps=3600 --eval_interval=900 --save_interval=900"
+PRESETS = {  # flags that suit a data set, where they are not given; of several data sets the last one's count
+    "digits": "--optimizer=muon",
+    "shapes": "--image_height=48 --patch_height=16 --patch_width=16 --conv_kernel=0 --image_trim=False --n_layer=3 "
+    "--prompt_style=last --learning_rate=1.2e-3 --batch_size=32 --max_steps=4000 --level_steps=100 "
+    "--eval_interval=1000 --save_interval=1000",
+    "morse": f"--optimizer=muon {SOUND}",
+    "spoken_digits": f"--optimizer=muon {SOUND}",
+    "librispeech": SOUND,
+    "aishell": SOUND,
+    "same": "--learning_rate=1.2e-3 --batch_size=16 --max_steps=4000 --level_steps=400 "
+    "--eval_interval=1000 --save_interval=1000",
+    "series": f"--optimizer=muon --loss_reduction=sample {SERIES}",
+    "gift_eval": SERIES,
+    "llava": "--image_height=64 --patch_height=16 --patch_width=16 --image_trim=False",
+}
 
 
 def data_set(name):
@@ -240,6 +240,11 @@ def data_set(name):
     folder, base = os.path.split(os.path.realpath(name))
     known = name if name in DATA_SETS else base if folder == HERE else ""
     return known if known in DATA_SETS else ""
+
+
+def presets(data):
+    """The flags that suit --data."""
+    return " ".join(PRESETS.get(data_set(name), "") for name in data.split(","))
 
 
 def find_data(names, val=""):

@@ -14,7 +14,7 @@ import torch
 
 import modrwkv
 from data.media import reading
-from modrwkv import MEDIA, InputError, load_weights, model_from_checkpoint, own_checkpoint, read_file
+from modrwkv import MEDIA, InputError, model_from_checkpoint, own_checkpoint, read_file
 
 # The tables of released files: their names, our names, * the same in both, - left out; the first row that fits counts.
 FLA = """
@@ -56,25 +56,17 @@ rwkv.*                                     *
 """
 VISUAL6 = "proj.weight adapter.image.o_proj.weight" + VISUAL
 PREFIX, TAGGED = {"template": "v1", "prompt_style": "before"}, {"template": "v3", "prompt_style": "tagged"}
+SANDWICH = {"adapter_kind": "linear", "prompt_style": "sandwich", "cls": "last", "scan": "bi"}
 LAYOUTS = [  # how a name in a file begins (the first that is found counts), its table, and the config of its training
     # WorldRWKV, speech and pictures; pictures from August 2025 on; the same as exported for transformers
     ("modality.world_encoder.adapter.conv.bias", WORLD.replace("image", "audio"), {"audio_encoder": "wavlm"} | PREFIX),
     ("modality.", WORLD, {"image_encoder": "siglip"} | PREFIX),
     ("llm.", AUGUST, {"image_encoder": "siglip"} | TAGGED),
     ("model.llm.", EXPORT, {"image_encoder": "siglip"} | TAGGED),
-    # flash-linear-attention
-    ("model.", FLA, {}),
+    ("model.", FLA, {}),  # flash-linear-attention
     # VisualRWKV 7.00 and 6.0
-    (
-        "proj.gate.",
-        VISUAL,
-        {"image_encoder": "dinov2+siglip+sam", "adapter_kind": "gated", "prompt_style": "first"},
-    ),
-    (
-        "rwkv.",
-        VISUAL6,
-        {"image_encoder": "clip", "cls": "last", "adapter_kind": "linear", "prompt_style": "sandwich", "scan": "bi"},
-    ),
+    ("proj.gate.", VISUAL, {"image_encoder": "dinov2+siglip+sam", "adapter_kind": "gated", "prompt_style": "first"}),
+    ("rwkv.", VISUAL6, {"image_encoder": "clip"} | SANDWICH),
 ]
 WIDE = {"image": "clip", "audio": "microsoft/wavlm-large"}  # of WorldRWKV's encoders, those of width 1024
 
@@ -118,11 +110,6 @@ def write(path, contents):
     modrwkv.write(path, tensors, lambda tensors, f: f.write(module.save(tensors, {"format": "pt"})))
 
 
-def read_timer(encoder, path):
-    """Fills a Timer with the published model.safetensors; raises InputError, naming what is missing or too much."""
-    load_weights(encoder, read_safetensors(path), path)
-
-
 def read_any_file(path):
     """What read_file reads, a .safetensors file, or a folder of model.safetensors, whole or in parts by its index."""
     if path.endswith(".safetensors"):
@@ -150,8 +137,7 @@ def find_layout(data):
 
 
 def read_checkpoint(path):
-    """
-    A checkpoint of ours, or a released one as if it were ours: {"model": {name: tensor}, "config": {name: value}, ...}.
+    """A checkpoint of ours, or a released one as if ours: {"model": {name: tensor}, "config": {name: value}, ...}.
 
     A released one has "original_name": of a name of ours, (the name in the file, whether it is transposed there).
     Untrusted files are safe. Raises InputError naming the file.
@@ -162,9 +148,8 @@ def read_checkpoint(path):
     if not layout:
         if contents := own_checkpoint(data, path):
             return contents
-        raise InputError(
-            f"{path} is from elsewhere: neither a checkpoint of train.py nor a released RWKV, ModRWKV or VisualRWKV"
-        )
+        known = "a checkpoint of train.py nor a released RWKV, ModRWKV or VisualRWKV"
+        raise InputError(f"{path} is from elsewhere: neither {known}")
     start, table, config = layout
     weights, originals, left_out = {}, {}, []
     for name, x in data.items():
@@ -177,11 +162,8 @@ def read_checkpoint(path):
         originals[new] = name, transposed
         weights[new] = x.t() if transposed and torch.is_tensor(x) and x.dim() == 2 else x
     if left_out:
-        print(
-            f"{path}: {len(left_out)} tensors of its encoder ({left_out[0]} ...) are left out: "
-            "an encoder is read from its own folder",
-            file=sys.stderr,
-        )
+        tensors = f"{len(left_out)} tensors of its encoder ({left_out[0]} ...)"
+        print(f"{path}: {tensors} are left out: an encoder is read from its own folder", file=sys.stderr)
     if start.startswith("model."):
         check_epsilon(path, weights)
 
@@ -224,14 +206,12 @@ def check_epsilon(path, weights):
         with reading(hf_config, "a model's config.json"), open(hf_config, encoding="utf-8") as f:
             epsilon = float(json.load(f).get("norm_eps", epsilon))
     if N and not math.isclose(N * epsilon, 64e-5):
-        raise InputError(
-            f"{path} does not fit: its heads of {N} channels have a norm with epsilon {N * epsilon:.2g}, not 64e-5"
-        )
+        norm = f"a norm with epsilon {N * epsilon:.2g}, not 64e-5"
+        raise InputError(f"{path} does not fit: its heads of {N} channels have {norm}")
 
 
 def load(path, device="cpu", **changes):
-    """
-    A model ready to answer, from a checkpoint of train.py (or its folder) or a released one, told by the names in it.
+    """A model ready to answer, from a checkpoint of train.py (or its folder) or a released one, told by its names.
 
     These are BlinkDL's .pth of RWKV-5.2, 6 and 7, .safetensors of flash-linear-attention and WorldRWKV (or a folder),
     and .pth of WorldRWKV and VisualRWKV 6.0 and 7.00. Untrusted files are safe.
@@ -254,12 +234,10 @@ def convert(source, target):
         raise InputError(f"{file} exists: choose another name")
     data = read_checkpoint(source)
     model = model_from_checkpoint(data, source, **{f"{kind}_encoder": "none" for kind in MEDIA})
-    config, weights = model.config, {}
-    for name, x in model.state_dict().items():
-        weights[name] = data["model"][name].reshape(x.shape)
-    others = {
-        name: x for name, x in data["model"].items() if name.startswith(("encoder.", "adapter.", "forecast_head."))
-    }
+    config = model.config
+    modalities = ("encoder.", "adapter.", "forecast_head.")
+    weights = {name: data["model"][name].reshape(x.shape) for name, x in model.state_dict().items()}
+    others = {name: x for name, x in data["model"].items() if name.startswith(modalities)}
     if kind == ".pt":
         encoders = {name: value for name, value in data["config"].items() if name.endswith("_encoder")}
         return write(file, {"model": weights | others, "config": dataclasses.asdict(config) | encoders})
@@ -268,10 +246,8 @@ def convert(source, target):
     if kind == ".pth":
         return write(file, weights)
     if config.rwkv != 7 or config.head_size != 64:
-        raise InputError(
-            f"{source}: flash-linear-attention's layout takes RWKV-7 with heads of 64 channels, "
-            f"not RWKV-{config.rwkv} with {config.head_size}"
-        )
+        own = f"RWKV-{config.rwkv} with {config.head_size}"
+        raise InputError(f"{source}: flash-linear-attention's layout takes RWKV-7 with heads of 64 channels, not {own}")
     if file != target:
         os.makedirs(target, exist_ok=True)
         with open(os.path.join(target, "config.json"), "w") as f:

@@ -1,5 +1,6 @@
 """Scores: exact match and error rates of answers, and long-term forecasting beside naive methods."""
 
+import itertools
 import json
 import os
 import random
@@ -12,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from data.media import read_series, read_table
-from data.records import read_records, record_media, record_turns, segments
+from data.records import held_out_samples, read_records, record_media, record_turns, segments
 from data.text import PLACEHOLDER, generate_text
 from modrwkv import InputError, normalise
 
@@ -35,6 +36,25 @@ def ask(model, records, batch_size=64, **sampling):
         steps = generate_text(model, batch, **sampling)
         answers += ["".join(pieces).strip() for pieces in zip(*steps)]
     return answers
+
+
+@torch.no_grad()
+def evaluate(model, records, ctx_len, size, amp, n=None):
+    """(scores, records that were asked, their answers) of the first n held-out records, `size` samples at once."""
+    model.eval()
+    total, n_targets = 0.0, 0
+    samples = itertools.islice(held_out_samples(model, records, ctx_len), n)
+    with amp():
+        while part := list(itertools.islice(samples, size)):
+            batch = model.collate(part)
+            total += model.loss(batch, count=1).item()
+            n_targets += len(batch.n_targets)
+        if not n_targets:
+            raise InputError(f"there is nothing to predict in the first {n} held-out records")
+        asked = [record for record in records if record.get("conversations")][:n]
+        answers = ask(model, asked, size)
+    model.train()
+    return {"val_loss": total / n_targets, **score(asked, answers)}, asked, answers
 
 
 def score(records, answers):
