@@ -111,19 +111,22 @@ class InputError(ValueError):
     """Something the user gave cannot be used; the message is one sentence that says what and why."""
 
 
-def setting(default, help, choices=(), least=None):
+def setting(default, help, choices=(), least=-math.inf, most=math.inf):
     """A field of Config or of a script's flags: its help, and what it may be (see check_settings)."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "least": least})
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices, least=least, most=most))
 
 
 def check_settings(settings):
-    """Raises InputError unless each setting is one of its choices and at least its least value."""
+    """Raises InputError unless each setting is one of its choices, or a finite number from least to most."""
     for f in dataclasses.fields(settings):
-        value, choices, least = getattr(settings, f.name), f.metadata["choices"], f.metadata["least"]
+        value, choices, least, most = getattr(settings, f.name), *(f.metadata[k] for k in ("choices", "least", "most"))
         if choices and value not in choices:
             raise InputError(f"{f.name}={value} is not one of {', '.join(map(str, choices))}")
-        if least is not None and value < least:
-            raise InputError(f"{f.name}={value} is not at least {least}")
+        if isinstance(value, int | float) and not (math.isfinite(value) and least <= value <= most):
+            limits = (
+                "finite" if least == -most else f"at least {least}" if most == math.inf else f"from {least} to {most}"
+            )
+            raise InputError(f"{f.name}={value} is not {limits}")
 
 
 @dataclass
@@ -481,15 +484,16 @@ def wkv7(r, w, k, v, a, b, state=None, w_min=-math.inf):
 
 def token_shift(x, last, lengths):
     """
-    x (B, T, C) -> the token before each (B, T, C), the last real one (B, C), which is `last` where lengths is 0.
+    x (B, T, C) -> the token before each (B, T, C), the last real one (B, C), which is `last` where there is none.
 
     last: (B, C), the one before x, or None for zeros.
     """
     x_prev = F.pad(x, (0, 0, 1, -1)) if last is None else torch.cat([last[:, None].to(x.dtype), x[:, :-1]], 1)
     if lengths is None:
         return x_prev, x[:, -1].clone()  # a view would hold all of x in memory
+    last = x.new_zeros(()) if last is None else last.to(x.dtype)
     new = x[torch.arange(len(x), device=x.device), (lengths - 1).clamp(min=0)]
-    return x_prev, new if last is None else torch.where(lengths[:, None] > 0, new, last.to(x.dtype))
+    return x_prev, torch.where(lengths[:, None] > 0, new, last)
 
 
 def padding_mask(T, lengths):

@@ -58,6 +58,8 @@ from data import batches as data_batches
 from data import records as data_records
 from data import released as released_files
 from data import scores as data_scores
+from data.answers import ask, generate_text
+from data.flags import flags
 from data.media import (
     LOADERS,
     cache_features,
@@ -80,7 +82,7 @@ from data.records import (
     record_turns,
 )
 from data.released import convert, load, read_checkpoint
-from data.text import PROMPT_STYLES, SHORT_ANSWER, TEMPLATES, conversation, generate_text, get_tokenizer
+from data.text import PROMPT_STYLES, SHORT_ANSWER, TEMPLATES, conversation, get_tokenizer
 from modrwkv import (
     Adapter,
     Config,
@@ -2872,7 +2874,7 @@ WRONG = {  # no abbreviations: a typo must not set something
 def test_flags(line):
     """The fields against those written out."""
     argv = [*shlex.split(line), "--n_layer=5", "--image_trim=no"]
-    config, settings, names = sample.flags("about", Config, train.Train, argv=argv)
+    config, settings, names = flags("about", Config, train.Train, argv=argv)
     assert settings == dataclasses.replace(train.Train(), **RIGHT[line])
     assert config == dataclasses.replace(Config(), n_layer=5, image_trim=False)
     assert names == {*RIGHT[line], "n_layer", "image_trim"}
@@ -2882,7 +2884,7 @@ def test_flags(line):
 def test_wrong_flags(capsys, line):
     """One line that names the flag and the one that may be meant."""
     with pytest.raises(SystemExit) as e:
-        sample.flags("about", Config, train.Train, argv=line.split())
+        flags("about", Config, train.Train, argv=line.split())
     message = capsys.readouterr().err
     assert e.value.code == 2 and all(word in message for word in WRONG[line].split()) and message.count("\n") == 1
 
@@ -2891,7 +2893,7 @@ def test_help_lists_every_flag(capsys):
     """Each field's own help and default."""
     odd = dataclasses.make_dataclass("Odd", [("rate", float, modrwkv.setting(0.5, "in % of something"))])
     with pytest.raises(SystemExit) as e:
-        sample.flags("what it is about", Config, train.Train, odd, argv=["--help"])
+        flags("what it is about", Config, train.Train, odd, argv=["--help"])
     out = " ".join(capsys.readouterr().out.split())
     assert not e.value.code and "what it is about" in out
     for field in [field for cls in (Config, train.Train, odd) for field in dataclasses.fields(cls)]:
@@ -2902,8 +2904,8 @@ def test_help_lists_every_flag(capsys):
 def test_presets_are_flags(name):
     """Against the same flags on a command line; one that is given counts."""
     preset = data_records.PRESETS[name].split()
-    want = sample.flags("", train.Train, Config, argv=[*preset, f"--data={name}", "--n_layer=9"])
-    got = sample.flags("", train.Train, Config, argv=[f"--data={name}", "--n_layer=9"], presets=train.presets)
+    want = flags("", train.Train, Config, argv=[*preset, f"--data={name}", "--n_layer=9"])
+    got = flags("", train.Train, Config, argv=[f"--data={name}", "--n_layer=9"], presets=train.presets)
     assert got[:2] == want[:2] and got[2] == {"data", "n_layer"}
 
 
@@ -3898,7 +3900,7 @@ PUBLISHED = {  # samples in the published data or in the papers' runs, and their
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe[-1])
 def test_recipes_of_the_readme_are_the_papers(recipe):
     """Number of samples and learning rates against PUBLISHED."""
-    s, config, names = sample.flags("about", train.Train, Config, argv=recipe)
+    s, config, names = flags("about", train.Train, Config, argv=recipe)
     assert len(names) == len(recipe)
     n, highest, last = PUBLISHED[s.out_dir]
     assert abs(s.max_steps * s.batch_size - n) < s.batch_size
@@ -4745,13 +4747,13 @@ def test_presets_and_settings_are_shown(counting, tmp_path, capsys):
     folder = REPO / "data" / "shapes"
     spelled = {train.presets(name) for name in ("shapes", str(folder), f"{folder}/", os.path.relpath(folder))}
     assert spelled == {data_records.PRESETS["shapes"]} and train.presets("mine.jsonl") == ""
-    for flags in (["--data=shapes"], ["--data=digits,shapes", "--n_layer=3"], ["--data=spoken_digits,shapes"]):
+    for more in (["--data=shapes"], ["--data=digits,shapes", "--n_layer=3"], ["--data=spoken_digits,shapes"]):
         with pytest.raises(SystemExit):
-            train.main([*flags, "--help"])
+            train.main([*more, "--help"])
         words = " ".join(capsys.readouterr().out.split())
         assert "optimizer steps [4000]" in words and "each so many steps; 0: all at once [100]" in words
     argv = ["--data=shapes", "--n_layer=5"]
-    s, config, given = sample.flags("", train.Train, Config, argv=argv, presets=train.presets)
+    s, config, given = flags("", train.Train, Config, argv=argv, presets=train.presets)
     assert (s.max_steps, config.n_layer, config.prompt_style, given) == (4000, 5, "last", {"data", "n_layer"})
     words = learn(tmp_path, counting, "--max_steps=1")
     [line] = [line for line in words.splitlines() if line.startswith("settings: ")]
@@ -4803,8 +4805,8 @@ def test_eval_answers_each_question(sampling, trained, counting):
         for i in range(len(turns)):
             segments = data_records.segments(model, turns[:i] + [(turns[i][0], None)], record_media(r))
             answers.append("".join(answer(model, segments, **sampling)[0]).strip())
-    assert len(set(answers)) > 2 and sample.ask(model, records, 7, **sampling) == answers
-    assert (sample.ask(model, records, 7, **sampling | {"seed": 4}) != answers) == ("seed" in sampling)
+    assert len(set(answers)) > 2 and ask(model, records, 7, **sampling) == answers
+    assert (ask(model, records, 7, **sampling | {"seed": 4}) != answers) == ("seed" in sampling)
     flags = [f"--{k}={v}" for k, v in sampling.items()]
     printed = said(sample.main, f"--out_dir={out}", f"--eval={counting[0]}", "--batch_size=7", *flags)
     assert json.loads(printed.splitlines()[-1]) == data_scores.score(records, answers)
@@ -4828,7 +4830,7 @@ def test_chat_answers_as_the_command_line_does(raw, sampling, trained, counting)
     pieces = list(chat.ask(prompt, **media, raw=raw, stream=True, **sampling))
     assert "".join(pieces) == want and all(pieces)
     flags += [f"--{name}={value}" for name, value in (media | sampling).items()]
-    assert said(sample.main, f"--out_dir={out}", f"--prompt={prompt}", *flags) == want + "\n"
+    assert said(sample.main, f"--out_dir={out}", f"--prompt={prompt}", *flags) == prompt * raw + want + "\n"
 
 
 def test_chat_session(trained, counting, monkeypatch, capsys):
@@ -4845,9 +4847,9 @@ def test_chat_session(trained, counting, monkeypatch, capsys):
         ([f"--image={path}"], "<gone.png>?\n<image> How many?\nLoud?\n", f"> > {first}\n> {second}\n> "),
         ([f"--image={path}", "--prompt=<image> How many?"], "", f"\n{first}\n> "),
     ]
-    for flags, typed, want in sessions:
+    for more, typed, want in sessions:
         monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
-        assert said(sample.main, *line, "--chat", *flags).endswith(want)
+        assert said(sample.main, *line, "--chat", *more).endswith(want)
         assert ("gone.png" in capsys.readouterr().err) == ("gone.png" in typed)
 
 

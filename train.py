@@ -28,11 +28,11 @@ from tqdm import tqdm
 
 import modrwkv
 from data.batches import Batches
+from data.flags import find_device, flags
 from data.records import cache_media, find_data, presets, read_data, sample_command
 from data.released import read_checkpoint, read_safetensors
 from data.scores import draw_curve, errors, evaluate, report
 from modrwkv import ENCODERS, MEDIA, Config, InputError, ModRWKV, model_from_checkpoint, setting
-from sample import find_device, flags
 
 
 @dataclass

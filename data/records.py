@@ -5,6 +5,7 @@ A record is {"image": path, "conversations": [{"from": "human", "value": "<image
 and "series" are a path or a list of them, relative to the record's file; a series may be numbers, null where unknown.
 """
 
+import contextlib
 import functools
 import itertools
 import json
@@ -123,17 +124,33 @@ def record_media(record):
     return [(kind, in_folder(record, files[kind].pop(0))) for kind in kinds]
 
 
+@contextlib.contextmanager
+def located(at):
+    """Errors inside begin with where a record is."""
+    try:
+        yield
+    except InputError as e:
+        raise InputError(f"{at}: {e}" if at else str(e)) from e
+
+
 def segments(model, turns, media, first=True, at=""):
     """The segments of turns [(question, answer or None)] about media [(kind, path)]; errors begin with `at`."""
-    try:
+    media = media_segments(model, media, at)
+    with located(at):
+        return conversation(model.config, turns, iter(media), first)
+
+
+def media_segments(model, media, at=""):
+    """[(kind, what the model's encoder takes)] of media [(kind, path)]."""
+    found = []
+    with located(at):
         for kind, path in media:
             if kind not in model.encoder:
                 name = path if isinstance(path, str | os.PathLike) else kind
                 flag = f"--{kind}_encoder={next(iter(ENCODERS[kind]))}"
                 raise InputError(f"{name}: this model has no {kind} encoder; train one with {flag}")
-        return conversation(model.config, turns, ((kind, read_media(model, kind, path)) for kind, path in media), first)
-    except InputError as e:
-        raise InputError(f"{at}: {e}" if at else str(e)) from e
+            found.append((kind, read_media(model, kind, path)))
+    return found
 
 
 def read_media(model, kind, path):
@@ -170,6 +187,12 @@ def record_sample(model, record):
 
 def question(model, prompt, media=(), first=True):
     """The segments that ask `prompt` about media [(kind, path)]; those without a placeholder <image> go before it."""
+    prompt, media = place(prompt, media)
+    return segments(model, [(prompt, None)], media, first)
+
+
+def place(prompt, media):
+    """A prompt with a placeholder for each of media [(kind, path)], and these in their order."""
     files = {kind: [file for file in media if file[0] == kind] for kind in MEDIA}
     if sum(map(len, files.values())) < len(media):
         raise InputError("media are pairs (kind, path), of kind image, audio or series")
@@ -178,8 +201,7 @@ def question(model, prompt, media=(), first=True):
         if missing < 0:
             raise InputError(f"the prompt has {-missing} <{kind}> more than there are {kind} files")
         prompt = f"<{kind}>\n" * missing + prompt
-    media = [files[mark[1:-1]].pop(0) for mark in PLACEHOLDER.findall(prompt)]
-    return segments(model, [(prompt, None)], media, first)
+    return prompt, [files[mark[1:-1]].pop(0) for mark in PLACEHOLDER.findall(prompt)]
 
 
 def held_out_samples(model, records, ctx_len):

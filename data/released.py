@@ -210,16 +210,17 @@ def check_epsilon(path, weights):
         raise InputError(f"{path} does not fit: its heads of {N} channels have {norm}")
 
 
-def load(path, device="cpu", **changes):
+def load(path, device="cpu", dtype="auto", **changes):
     """A model ready to answer, from a checkpoint of train.py (or its folder) or a released one, told by its names.
 
     These are BlinkDL's .pth of RWKV-5.2, 6 and 7, .safetensors of flash-linear-attention and WorldRWKV (or a folder),
     and .pth of WorldRWKV and VisualRWKV 6.0 and 7.00. Untrusted files are safe.
+    dtype: see modrwkv.load
     changes: settings of Config to override, e.g. tokenizer="rwkv_vocab_v20230424.txt" for an official .pth,
     template="v2", image_encoder="folder", or image_encoder="none" for the language model alone.
     Raises InputError if the file cannot be read or does not fit, naming what is missing or too much.
     """
-    return model_from_checkpoint(read_checkpoint(path), path, **changes).to(device).eval()
+    return model_from_checkpoint(read_checkpoint(path), path, dtype, **changes).to(device).eval()
 
 
 def convert(source, target):

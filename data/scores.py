@@ -12,30 +12,13 @@ from collections import Counter
 import torch
 from tqdm import tqdm
 
+from data.answers import ask
 from data.media import read_series, read_table
-from data.records import held_out_samples, read_records, record_media, record_turns, segments
-from data.text import PLACEHOLDER, generate_text
+from data.records import held_out_samples, read_records, record_media, record_turns
+from data.text import PLACEHOLDER
 from modrwkv import InputError, normalise
 
 WORD_ERRORS = "substitutions", "deletions", "insertions"
-
-
-def ask(model, records, batch_size=64, **sampling):
-    """Answers to every question of the records, in order; later turns see the true earlier answers."""
-    samples = []
-    for record in records:
-        media, turns = record_media(record), record_turns(record)
-        for i in range(len(turns)):
-            asked = turns[:i] + [(turns[i][0], None)]
-            n = len(PLACEHOLDER.findall("".join(question for question, _ in asked)))
-            samples.append((asked, media[:n], record["_at"]))
-    answers = []
-    quiet = len(samples) <= batch_size or not sys.stderr.isatty()
-    for i in tqdm(range(0, len(samples), batch_size), unit="batch", leave=False, disable=quiet):
-        batch = [segments(model, turns, media, at=at) for turns, media, at in samples[i : i + batch_size]]
-        steps = generate_text(model, batch, **sampling)
-        answers += ["".join(pieces).strip() for pieces in zip(*steps)]
-    return answers
 
 
 @torch.no_grad()

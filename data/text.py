@@ -1,15 +1,12 @@
-"""Text: tokenizers, templates and prompt styles; turns to token ids and places of media, tokens to answers."""
+"""Text: tokenizers, templates and prompt styles; turns to token ids and places of media."""
 
 import ast
-import codecs
 import functools
-import itertools
 import os
 import re
 from dataclasses import dataclass
 
 import tiktoken
-import torch
 
 from data.media import reading
 from modrwkv import MEDIA, InputError
@@ -73,7 +70,7 @@ class WorldTokenizer:
         node[-1] = int(index)
 
     def encode(self, text):
-        data, ids, i = text.encode("utf-8"), [], 0
+        data, ids, i = text.encode("utf-8", "surrogateescape"), [], 0  # bytes that a console could not decode stay
         while i < len(data):
             node, j, longest = self.trie, i, None
             while j < len(data) and (node := node.get(data[j])) is not None:
@@ -174,50 +171,3 @@ def conversation(config, turns, media, first=True):
             segments.append(("answer", encode(template.answer + clean(answer)) + encode(template.end)))
         text = ""
     return segments
-
-
-class Answer:
-    """The text of an answer, token by token: no character is split, and what may be the start of `end` is held back."""
-
-    def __init__(self, tokenizer, end):
-        self.tokenizer, self.end = tokenizer, end
-        self.decoder, self.held, self.ended = codecs.getincrementaldecoder("utf-8")("replace"), "", False
-
-    def add(self, token, last):
-        """The new piece of text, up to the end; last: no token follows."""
-        self.held += self.decoder.decode(self.tokenizer.decode([token]), last)
-        n = self.held.find(self.end) if self.end else -1
-        self.ended = n >= 0
-        if not self.ended:
-            starts = (n for n in range(len(self.end) - 1, 0, -1) if self.held.endswith(self.end[:n]))
-            n = len(self.held) - (0 if last else next(starts, 0))
-        piece, self.held = self.held[:n], self.held[n:]
-        return piece
-
-
-@torch.inference_mode()
-def generate_text(model, samples, state=None, max_new_tokens=256, end="", **gen_kwargs):
-    """ModRWKV.generate as text, each answer until `end` (by default the template's; None: no text ends it).
-
-    Yields: at each step the list of new pieces of text, "" for samples at rest.
-    Returns (as StopIteration.value): for a batch of one, the state after the answer and its end, to go on from.
-    """
-    tokenizer = get_tokenizer(model.config.tokenizer)
-    end = TEMPLATES[model.config.template].end if end == "" else end or ""
-    answers = [Answer(tokenizer, end) for _ in samples]
-    steps = model.generate(samples, state, max_new_tokens, end=(tokenizer.end,), **gen_kwargs)
-    tokens = next(steps)
-    for step in itertools.count(1):
-        pieces = []
-        for answer, token in zip(answers, tokens):
-            last = token == tokenizer.end or step == max_new_tokens
-            pieces.append("" if token is None else answer.add(token, last))
-        yield pieces
-        try:
-            tokens = steps.send([answer.ended for answer in answers])
-        except StopIteration as stop:
-            state = stop.value
-            break
-    if len(answers) == 1 and end and not answers[0].ended:
-        _, state = model(torch.tensor([tokenizer.encode(end)], device=model.emb.weight.device), state)
-    return state
