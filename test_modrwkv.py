@@ -5603,3 +5603,123 @@ def test_batches_may_be_on_the_gpu_already(model, folders):
             for given in (batch, net.collate(batch)):
                 [[moved]], _ = _to_kwargs((given,), {}, torch.device("cuda", 0), False)
                 assert net.loss(moved).item() == pytest.approx(want, rel=1e-5)
+
+
+# ------------------------------------------------------------ checkpoints: out again, in parts, and found
+
+
+WORLD_VOCABULARY = "rwkv_vocab_v20230424.txt"
+
+
+def test_where_the_world_vocabulary_is_found(official, tmp_path, monkeypatch):
+    """By its path, here, beside the checkpoint, in the package, which is not imported; else where to get it is said."""
+    monkeypatch.setenv("RWKV_VOCABULARY", "")
+    monkeypatch.chdir(tmp_path)
+    get_tokenizer.cache_clear()
+    torch.save(official_weights(1, 64, V=65536), tmp_path / "x.pth")
+
+    def found():
+        """The token of "a" in each place is another one."""
+        get_tokenizer.cache_clear()
+        assert load(tmp_path / "x.pth").config.tokenizer == WORLD_VOCABULARY  # the plain name wherever it is
+        return get_tokenizer(WORLD_VOCABULARY).encode("a")
+
+    def place(folder, token):
+        folder.mkdir(exist_ok=True)
+        (folder / WORLD_VOCABULARY).write_text(f"{token} 'a' 1\n")
+        return str(folder / WORLD_VOCABULARY)
+
+    imported = {name for name in sys.modules if name.startswith("rwkv.")}
+    assert found() == official[2].encode("a")
+    assert {name for name in sys.modules if name.startswith("rwkv.")} == imported
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    message = refusal(found)
+    assert all(word in message for word in (WORLD_VOCABULARY, "pip install rwkv", "BlinkDL's RWKV-LM"))
+    beside = place(tmp_path, 5)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert found() == [5]
+    asked = "from data.text import get_tokenizer; print(get_tokenizer('rwkv_vocab_v20230424.txt').encode('a'))"
+    env = ENV | {"PYTHONPATH": str(REPO), "RWKV_VOCABULARY": os.environ["RWKV_VOCABULARY"]}
+    done = subprocess.run([sys.executable, "-c", asked], cwd=tmp_path / "here", env=env, text=True, capture_output=True)
+    assert (done.stdout, os.environ["RWKV_VOCABULARY"]) == ("[5]\n", beside)  # in processes that are started later
+    place(tmp_path / "here", 6)
+    assert found() == [6]
+    get_tokenizer.cache_clear()
+    assert get_tokenizer(place(tmp_path / "other", 7)).encode("a") == [7]
+    get_tokenizer.cache_clear()
+    assert get_tokenizer(f"/gone/{WORLD_VOCABULARY}").encode("a") == [6]  # trained elsewhere
+    assert "there is no tokenizer" in refusal(get_tokenizer, "/gone/vocab.txt")
+    get_tokenizer.cache_clear()
+
+
+BLOCKS = {  # by layout, as in the README: the download, and the question
+    "BlinkDL": """
+hf download BlinkDL/rwkv-7-world RWKV-x070-World-0.4B-v2.9-20250107-ctx4096.pth --local-dir=models
+python sample.py --checkpoint=models/RWKV-x070-World-0.4B-v2.9-20250107-ctx4096.pth --prompt="Why is the sky blue?"
+""",
+    "fla": """
+hf download fla-hub/rwkv7-0.4B-world --local-dir=models/rwkv7-0.4B-world
+python sample.py --checkpoint=models/rwkv7-0.4B-world --prompt="Why is the sky blue?"
+""",
+    "WorldRWKV, pictures": """
+hf download WorldRWKV/RWKV7-0.4B-siglip2 rwkv-0.pth --local-dir=models/siglip2
+python sample.py --checkpoint=models/siglip2/rwkv-0.pth --image=cat.jpg --prompt="What is in the picture?"
+""",
+    "WorldRWKV, speech": """
+hf download WorldRWKV/RWKV7-0.4B-wavlmLarge-ENASR-demo rwkv-0.pth --local-dir=models/wavlm
+python sample.py --checkpoint=models/wavlm/rwkv-0.pth --audio=speech.wav
+""",
+    "VisualRWKV 6.0": """
+hf download howard-hou/visualrwkv-6 VisualRWKV-v060-1B6-v1.0-20240612.pth --local-dir=models
+python sample.py --checkpoint=models/VisualRWKV-v060-1B6-v1.0-20240612.pth --image=cat.jpg --prompt="What is it?"
+""",
+}
+
+
+@pytest.mark.parametrize("layout", BLOCKS)
+def test_blocks_of_the_readme_from_a_released_file_to_an_answer(layout, folders, official, tmp_path, monkeypatch):
+    """With a random file of the layout in the place of the download, and tiny encoders in those of the hub."""
+    monkeypatch.setenv("RWKV_VOCABULARY", "")
+    monkeypatch.chdir(tmp_path)
+    for name in ("siglip", "clip", "wavlm"):
+        family, model, _ = modrwkv.FAMILIES[name]
+        monkeypatch.setitem(modrwkv.FAMILIES, name, (family, model, folders(name)))
+    download, ask = [shlex.split(line) for line in BLOCKS[layout].strip().splitlines()]
+    *files, place = download[3:]
+    place = tmp_path / place.removeprefix("--local-dir=")
+    adapter = mlp(C_, 2, 32, "proj")
+    speech = mlp(C_, 2, 2 * C_, "proj", norm=False)
+    speech |= {"conv.weight": normal(2 * C_, 32, 3), "conv.bias": normal(2 * C_)}
+    adapters = {  # of the width of the tiny encoders
+        "WorldRWKV, pictures": under(WORLD + "adapter.", adapter),
+        "WorldRWKV, speech": under(WORLD + "adapter.", speech),
+        "VisualRWKV 6.0": {"proj.weight": normal(C_, 32)},
+    }
+    rwkv = RELEASED[layout][0]
+    weights = {name: x.bfloat16() for name, x in official_weights(2, C_, V=65536, rwkv=rwkv).items()}
+    if layout == "VisualRWKV 6.0":
+        weights = under("rwkv.", weights) | ones("vit.vision_model.x")
+    weights |= {name: x.bfloat16() for name, x in adapters.get(layout, {}).items()}
+    if layout == "fla":
+        place.parent.mkdir(parents=True)
+        hf_folder(place, fla_names(weights))
+        shutil.copy(official[1], place)  # as the repository has it
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    else:
+        place.mkdir(parents=True)
+        torch.save(weights, place / files[0])
+    noise(50, 40).save("cat.jpg")
+    soundfile.write("speech.wav", np.sin(np.arange(16000) / 9), 16000)
+
+    asked = Mock(side_effect=conversation)
+    monkeypatch.setattr("data.records.conversation", asked)
+    get_tokenizer.cache_clear()
+    answer = said(sample.main, *ask[2:], "--max_new_tokens=8", "--device=cpu")
+    config = asked.call_args.args[0]
+    named = dict(image_encoder="clip" if rwkv == 6 else "siglip", audio_encoder="wavlm")
+    want = {name: named[name] for name in named if RELEASED[layout][2].get(name, "none") != "none"}
+    want |= {name: value for name, value in RELEASED[layout][2].items() if name in ("template", "prompt_style", "scan")}
+    assert want.items() <= dataclasses.asdict(config).items() and config.tokenizer == WORLD_VOCABULARY
+    assert answer.strip()
+    get_tokenizer.cache_clear()

@@ -14,6 +14,7 @@ import torch
 
 import modrwkv
 from data.media import reading
+from data.text import look_beside
 from modrwkv import MEDIA, InputError, model_from_checkpoint, own_checkpoint, read_file
 
 # The tables of released files: their names, our names, * the same in both, - left out; the first row that fits counts.
@@ -143,6 +144,7 @@ def read_checkpoint(path):
     Untrusted files are safe. Raises InputError naming the file.
     """
     path = str(path)
+    look_beside(path)
     data = read_any_file(path)
     layout = find_layout(data)
     if not layout:
