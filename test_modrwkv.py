@@ -5681,6 +5681,7 @@ def test_worldrwkv_layout(folders, tmp_path, capsys):
     """Names and tensors of August 2025 written out; what the file does not hold is said; what it cannot is refused."""
     own = dict(template="v3", prompt_style="tagged", tokenizer="rwkv_vocab_v20230424.txt")
     model = modrwkv_of(folders, tmp_path / "ckpt.pt", **own)
+    capsys.readouterr()  # what transformers said of its own files
     convert(tmp_path / "ckpt.pt", tmp_path / "rwkv-0.pth", "worldrwkv", torch.bfloat16)
     lines = capsys.readouterr().err.splitlines()
     left_out = "adapter.audio, adapter.series, encoder.series, forecast_head left out"
@@ -5701,8 +5702,8 @@ def test_worldrwkv_layout(folders, tmp_path, capsys):
     again = read_checkpoint(tmp_path / "again.safetensors")["model"]
     assert all(torch.equal(x, read_checkpoint(tmp_path / "rwkv-0.pth")["model"][name]) for name, x in again.items())
 
-    capsys.readouterr()
     modrwkv_of(folders, tmp_path / "other.pt", audio_encoder="none", series_encoder="none", scan="bi", conv_kernel=3)
+    capsys.readouterr()
     convert(tmp_path / "other.pt", tmp_path / "other.pth", "worldrwkv")
     [line] = capsys.readouterr().err.splitlines()
     assert "--tokenizer=bytes --template=world --prompt_style=written --scan=bi" in line and "conv_stride" not in line
@@ -5721,6 +5722,7 @@ def test_worldrwkv_layout(folders, tmp_path, capsys):
 def test_what_a_language_models_layout_leaves_out_is_said(folders, tmp_path, capsys):
     """In one line with the layout that keeps it; of a language model alone nothing."""
     modrwkv_of(folders, tmp_path / "ckpt.pt")
+    capsys.readouterr()
     for target in ("x.pth", "x.safetensors"):
         convert(tmp_path / "ckpt.pt", tmp_path / target)
         [line] = capsys.readouterr().err.splitlines()
@@ -5838,7 +5840,8 @@ def test_checkpoints_that_stay_whole(adapters, counting, trained, tmp_path):
     """Of a new model, of a language model that learns, and of a run's own file, which may go on changing."""
     _, flags, language = adapters
     start = f"--init_from={language}", "--tokenizer=bytes", "--image_encoder=patch"
-    for i, more in enumerate((["--phase=adapter"], [*start, "--freeze=emb,blocks.0"], [f"--init_from={trained[0]}"])):
+    frozen = "--phase=adapter", f"--init_from={trained[0]}"
+    for i, more in enumerate((frozen[:1], frozen, (*start, "--freeze=emb,blocks.0"))):
         learn(tmp_path / f"{i}", counting, *more, "--max_steps=1", "--eval_samples=1")
         assert "emb.weight" in torch.load(tmp_path / f"{i}" / "ckpt.pt")["model"]
     learn(tmp_path / "frozen", counting, *start, "--freeze=emb,blocks,ln_out,head", "--max_steps=1", "--eval_samples=1")
