@@ -5702,11 +5702,14 @@ def test_worldrwkv_layout(folders, tmp_path, capsys):
     again = read_checkpoint(tmp_path / "again.safetensors")["model"]
     assert all(torch.equal(x, read_checkpoint(tmp_path / "rwkv-0.pth")["model"][name]) for name, x in again.items())
 
-    modrwkv_of(folders, tmp_path / "other.pt", audio_encoder="none", series_encoder="none", scan="bi", conv_kernel=3)
+    modrwkv_of(folders, tmp_path / "other.pt", conv_kernel=4, conv_stride=2)
     capsys.readouterr()
     convert(tmp_path / "other.pt", tmp_path / "other.pth", "worldrwkv")
-    [line] = capsys.readouterr().err.splitlines()
-    assert "--tokenizer=bytes --template=world --prompt_style=written --scan=bi" in line and "conv_stride" not in line
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "--tokenizer=bytes --template=world --prompt_style=written --conv_stride=2 --image_encoder=" in line
+    modrwkv_of(folders, tmp_path / "more.pt", scan="bi", cls="last", conv_kernel=3, conv_stride=2)
+    convert(tmp_path / "more.pt", tmp_path / "more.pth", "worldrwkv")
+    assert "written --scan=bi --cls=last --image_encoder=" in capsys.readouterr().err
     for changed, words in (
         (dict(image_encoder="patch"), "image_encoder=patch"),
         (dict(image_encoder="none"), "image_encoder=none"),

@@ -117,8 +117,7 @@ def say_what_readers_need(source, config, weights):
     own = dict(config)
     if own["image_encoder"] in FAMILIES:
         own["image_encoder"] = FAMILIES[own["image_encoder"]][2]
-    names = ["tokenizer", "template", "prompt_style", "scan", "cls", "image_encoder"]
-    names += ["conv_stride"] if config["conv_kernel"] else []
+    names = "tokenizer", "template", "prompt_style", "scan", "cls", "conv_stride", "image_encoder"
     need = [f"--{name}={own[name]}" for name in names if own[name] != read[name]]
     if need:
         print(f"{source}: readers need {' '.join(need)}: the layout worldrwkv holds no settings", file=sys.stderr)
