@@ -589,7 +589,7 @@ class TimeMix7(nn.Module):
             mask = padding_mask(T, lengths)
             w, k_in, b = w * mask, k * mask, b * mask
         y, state = wkv7(r, w, k_in, v, a, b, state, w_min=-0.607)  # 17: (B, T, H, N), and wkv_T (B, H, N, N)
-        y = self.ln_x(y.reshape(B * T, C).to(self.ln_x.weight.dtype)).view(B, T, C)  # 21, first term
+        y = self.ln_x(y.reshape(B * T, C)).view(B, T, C)  # 21, first term
         bonus = (r * k * self.r_k).sum(-1, keepdim=True) * v  # 20: u_t = (r_t (rho * k-tilde_t)^T) v_t, (B, T, H, N)
         p = y + bonus.view(B, T, C)  # 21: p_t, (B, T, C)
         return self.output(p * g), v_first, last, state  # 22: o_t = (g_t * p_t) W_o, (B, T, C)
@@ -662,7 +662,7 @@ class TimeMix5(nn.Module):
         r_next = F.pad(r[:, 1:], (0, 0, 0, 0, 0, 1))
         y, state = wkv7(r_next, w, k, v, zero, zero, state)  # S_t r_{t+1}, (B, T, H, N)
         y = torch.cat([first[:, None], y[:, :-1]], 1) + bonus  # [3], 2 and 9: r_t wkv_t, (B, T, H, N)
-        y = self.ln_x(y.reshape(B * T, C).to(self.ln_x.weight.dtype)).view(B, T, C)
+        y = self.ln_x(y.reshape(B * T, C)).view(B, T, C)
         return self.output(y * F.silu(self.gate(xg))), v_first, last, state  # [3], 3: o_t, (B, T, C)
 
 
@@ -751,7 +751,7 @@ class Block(nn.Module):
         Returns: x; v_first where it is made, else None: FSDP takes what a block returns for the block's own; state.
         """
         if hasattr(self, "ln0"):
-            x = self.ln0(x.to(self.ln0.weight.dtype))
+            x = self.ln0(x)
         y, v, x_att, S = self.att(self.ln1(x), v_first, state[0], state[1], lengths)
         x = x + y
         y, x_ffn = self.ffn(self.ln2(x), state[2], lengths)
@@ -829,17 +829,15 @@ class PatchEncoder(nn.Module):
         return image.shape[2] // self.size[2]
 
     def collate(self, images):
-        """[(3, h, w) uint8] -> pixels (M, 3, h, W); mask (M, 1, 1, W / 2) of conv1's columns; rows (L,) of patches."""
-        _, height, width = self.size
-        columns = np.array([self.columns(x) for x in images])
-        rows = length_mask(columns)[:, None].repeat(images[0].shape[1] // height, 1)  # (M, rows, columns)
-        mask = torch.from_numpy(length_mask(columns * (width // 2)))
-        return pad([x.cpu().numpy() for x in images], 255), mask[:, None, None], true_rows(rows)
+        """[(3, h, w) uint8] -> pixels (M, 3, h, W); rows (L,) of patches."""
+        mask = length_mask([self.columns(x) for x in images])
+        rows = mask[:, None].repeat(images[0].shape[1] // self.size[1], 1)  # (M, rows, columns)
+        return pad([x.cpu().numpy() for x in images], 255), true_rows(rows)
 
-    def forward(self, pixels, mask, rows):
+    def forward(self, pixels, rows):
         """-> (L, width), patches of each picture row by row."""
         x = 1 - pixels.to(self.conv1.weight.dtype) / 255  # white paper is 0, as are the convolutions' margins
-        x = F.gelu(self.conv1(x)) * mask  # (M, 16, h / 2, W / 2); no picture sees its neighbours' widths
+        x = F.gelu(self.conv1(x))  # (M, 16, h / 2, W / 2); no patch sees what is to its picture's right
         x = F.gelu(self.conv2(x))  # (M, 32, h / 4, W / 4)
         x = self.proj(x)  # (M, width, rows, columns)
         x = x + (self.row[:, None] + self.col[: x.shape[3]]).permute(2, 0, 1)
@@ -1727,7 +1725,7 @@ class ModRWKV(nn.Module):
         x = gather(vectors, (rows - n).clamp(min=0)) if vectors else 0
         if not n:
             return x
-        is_text = ((rows > 0) & (rows <= n))[..., None]
+        is_text = (rows <= n)[..., None]  # or padding, which nobody looks at
         return torch.where(is_text, self.emb(ids[(rows - 1).clamp(0, n - 1)]), x)
 
     def step(self, tokens, state):
@@ -1772,14 +1770,14 @@ class ModRWKV(nn.Module):
         device, B = x.device, len(x)
         seeds = seed if isinstance(seed, list) else [seed] * B
         rngs = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-        counts, done = torch.zeros(B, len(self.head.weight), device=device), [False] * B
-        step = step or self.step
+        penalised, step, done = presence_penalty or frequency_penalty, step or self.step, [False] * B
+        counts = torch.zeros(B, len(self.head.weight) if penalised else 0, device=device)
         for n in range(1, max_new_tokens + 1):
             logits = self.head(x).float()
-            if presence_penalty or frequency_penalty:
+            if penalised:
                 logits = logits - (counts > 0) * presence_penalty - counts * frequency_penalty
             tokens = torch.stack([sample_token(z, temperature, top_k, top_p, rng) for z, rng in zip(logits, rngs)])
-            if presence_penalty or frequency_penalty:
+            if penalised:
                 counts = (penalty_decay * counts).scatter_add(1, tokens[:, None], torch.ones_like(counts[:, :1]))
             new = [None if rests else token for rests, token in zip(done, tokens.tolist())]
             stopped = (yield new) or [False] * B
@@ -1966,14 +1964,23 @@ def model_from_checkpoint(data, path, dtype=torch.float32, **changes):
 
 
 def to_precision(model, dtype):
-    """The model in a dtype, all but what float32 is needed for: norms and decays."""
-    sensitive = re.compile(r"(blocks\.\d+\.(att\.)?)?ln(\d|_x|_out)\..*|blocks\.\d+\.att\.(w0|time_decay)")
-    keep = {name: p for name, p in model.named_parameters() if sensitive.fullmatch(name)}
-    kept = {name: p.detach().float() for name, p in keep.items()}
+    """The model in a dtype, all but what float32 is needed for: norms and decays of the language model."""
+    norms = re.compile(r"(blocks\.\d+\.)?(att\.)?ln(\d|_x|_out)")
+    kept = {}
+    for name, p in model.named_parameters():
+        if norms.fullmatch(name.rpartition(".")[0]) or name.endswith(("att.w0", "att.time_decay")):
+            kept[p] = p.detach().float()
     model.to(dtype)
-    for name, p in keep.items():
-        p.data = kept[name]
+    for p, x in kept.items():
+        p.data = x
+    for name, module in model.named_modules():
+        if dtype.itemsize == 2 and norms.fullmatch(name):
+            module.register_forward_pre_hook(in_float32)
     return model
+
+
+def in_float32(module, inputs):
+    return inputs[0].float()
 
 
 def load_weights(model, weights, path, new=(), original_name=same_name):

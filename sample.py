@@ -41,6 +41,8 @@ from modrwkv import (
     write,
 )
 
+DTYPES = "auto", "float32", "bfloat16", "float16"
+
 
 @dataclass
 class Sample:
@@ -68,7 +70,7 @@ class Sample:
     image_encoder: str = setting("", "instead of the checkpoint's, e.g. the folder of a pretrained one, or none")
     audio_encoder: str = setting("", "instead of the checkpoint's, e.g. the folder of a pretrained one, or none")
     device: str = setting("auto", "auto, cpu, cuda, mps")
-    dtype: str = setting("auto", "of the weights; auto: the file's", ("auto", "float32", "bfloat16", "float16"))
+    dtype: str = setting("auto", "of the weights; auto: the file's", DTYPES)
     compile: bool = setting(False, "compile what is done for each token (CUDA graphs); takes a minute at first")
 
 
@@ -95,6 +97,8 @@ class Chat:
         changes: settings of Config to override."""
         if not os.path.exists(path):
             raise InputError(f"no checkpoint at {path}: train one by python train.py --out_dir={path}, or name another")
+        if dtype not in DTYPES:
+            raise InputError(f"dtype={dtype} is not one of {', '.join(DTYPES)}")
         dtype = dtype if dtype == "auto" else getattr(torch, dtype)
         self.model = load(path, find_device(device), dtype, **changes)
         on_cpu = self.model.emb.weight.device.type == "cpu"
@@ -324,6 +328,9 @@ def main(argv=None):
         raise InputError("--info, --chat, --raw and --eval exclude each other")
     if s.eval and (s.prompt or media or s.state):
         raise InputError("--eval takes no prompt, picture, sound, series or state")
+
+    if s.num_samples > 1 and (s.eval or s.chat or s.save_state):
+        raise InputError("--num_samples is for one prompt")
 
     # what the checkpoint is
     if s.info:

@@ -41,7 +41,7 @@ class TiktokenTokenizer:
 
     def decode(self, ids):
         """ids -> bytes, none of the end's"""
-        return self.bpe.decode_bytes([i for i in ids if i != self.end])
+        return self.bpe.decode_bytes([i for i in ids if i != self.end and i < self.vocab_size])  # a model may have more
 
 
 class WorldTokenizer:
