@@ -59,6 +59,9 @@ from data import records as data_records
 from data import released as released_files
 from data import scores as data_scores
 from data.answers import Answer, ask, generate_text
+from data.convert import convert
+from data.convert import main as convert_main
+from data.convert import write as write_file
 from data.flags import flags
 from data.media import (
     LOADERS,
@@ -81,7 +84,7 @@ from data.records import (
     record_sample,
     record_turns,
 )
-from data.released import convert, load, read_checkpoint
+from data.released import load, read_checkpoint
 from data.text import PROMPT_STYLES, SHORT_ANSWER, TEMPLATES, conversation, get_tokenizer
 from modrwkv import (
     Adapter,
@@ -2632,7 +2635,7 @@ def test_checkpoints_that_do_not_fit(layout, pretrained, tmp_path, monkeypatch):
         z = data | {name: x}
         if x is None:
             del z[name]
-        monkeypatch.setattr("data.released.read_any_file", lambda path: z)
+        monkeypatch.setattr("data.released.read_any_file", lambda *_: z)
         words = refusal(load, path)
         assert words.startswith(str(path))
         return words
@@ -2698,7 +2701,7 @@ def hf_folder(folder, weights, shards=1, **config):
     else:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": place}))
     for file in set(place.values()):
-        released_files.write(str(folder / file), {name: x for name, x in weights.items() if place[name] == file})
+        write_file(str(folder / file), {name: x for name, x in weights.items() if place[name] == file})
     return folder
 
 
@@ -2991,7 +2994,7 @@ def test_folders_that_hold_no_encoder(folders, tmp_path):
         assert word in refusal(modrwkv.read_pretrained, "image", str(cut))
     preparation.write_text(json.dumps(content))
     kept = {name: x for name, x in tensors.items() if "layers.1.mlp.fc1" not in name}  # the library fills in noise
-    released_files.write(str(weights), kept)
+    write_file(str(weights), kept)
     assert "layers.1.mlp.fc1.bias and 1 more" in refusal(modrwkv.read_pretrained, "image", str(cut))
     weights.write_bytes(weights.read_bytes()[:1000])
     assert refusal(modrwkv.read_pretrained, "image", str(cut)).startswith(f"--image_encoder={cut}: ")
@@ -5124,7 +5127,7 @@ def test_a_gpu_trains_and_answers_as_the_cpu_does(device, kind, encoder, flags, 
     what its rounding does to three steps, as a GPU does not round where a CPU does."""
     for name, value in dict(width=16, PATCH=4, LAYERS=2, HEADS=2, HIDDEN=24).items():
         monkeypatch.setattr(Timer, name, value)
-    released_files.write("timer.safetensors", randomise(Timer(Config()), 5).state_dict())
+    write_file("timer.safetensors", randomise(Timer(Config()), 5).state_dict())
     encoder = folders(encoder) if encoder in modrwkv.FAMILIES else encoder
     if kind != "text":
         flags += f" --{kind}_encoder={encoder}"
@@ -5540,3 +5543,442 @@ def test_consoles_lose_nothing(trained, tmp_path):
     flags = [f"--out_dir={trained[0]}", "--raw", "--max_new_tokens=2", b"--prompt=\xff\xe4\xb8\xad"]
     done = subprocess.run([sys.executable, REPO / "sample.py", *flags], env=environment, capture_output=True)
     assert done.returncode == 0 and done.stdout.startswith(b"\\udcff\\u4e2d"), done.stderr
+
+
+# ------------------------------------------------------------ checkpoints: out again, in parts, and found
+
+
+SENSES = dict(n_layer=2, n_embd=64, head_size=64, conv_kernel=0, adapter_scale=2, tokenizer="bytes")
+
+
+def modrwkv_of(folders, path, **settings):
+    """A random model that sees, hears and reads series, stored at path in float32."""
+    senses = dict(image_encoder=folders("siglip"), audio_encoder=folders("wavlm"), series_encoder="wavenet")
+    model = randomise(ModRWKV(Config(**SENSES | senses | settings)))
+    save(path, model)
+    return model
+
+
+@pytest.mark.parametrize("target", ["x.safetensors", "x.pt", "x"])
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16", "float16"])
+@torch.no_grad()
+def test_a_whole_model_goes_out_and_loads_again(target, dtype, folders, tmp_path, capsys):
+    """Its tensors as torch casts them, its settings, and logits about a picture and a sound."""
+    model = modrwkv_of(folders, tmp_path / "ckpt.pt", template="v2", scan="bi")
+    capsys.readouterr()
+    flags = ["--layout=ours", *([f"--dtype={dtype}"] if dtype else [])]
+    convert_main([str(tmp_path / "ckpt.pt"), str(tmp_path / target), *flags])
+    assert capsys.readouterr() == ("", "")
+    if target == "x":
+        assert os.listdir(tmp_path / "x") == ["model.safetensors"]
+    written, kind = read_checkpoint(tmp_path / target), getattr(torch, dtype or "float32")
+    assert written["config"] == dataclasses.asdict(model.config)
+    assert written["model"].keys() == model.state_dict().keys()
+    for name, x in model.state_dict().items():
+        assert written["model"][name].dtype == kind and torch.equal(written["model"][name], x.to(kind))
+    again = load(tmp_path / target, dtype=torch.float32)
+    media = [("image", noise(40, 50)), ("audio", np.sin(np.arange(9000) / 9).astype(np.float32))]
+    asked = [data_records.question(model, "What?", media)]
+    limit = 1e-6 if kind == torch.float32 else 0.1
+    assert again.config == model.config and distance(again(asked)[0], model(asked)[0]) < limit
+
+
+def test_numbers_that_a_dtype_does_not_hold(tmp_path):
+    """float16 ends at 65504; bfloat16 does not. NaN and infinity are what they were."""
+    weights = official_weights(1, 64)
+    weights["emb.weight"][0, :3] = torch.tensor([math.nan, math.inf, -math.inf])
+    torch.save(weights, tmp_path / "x.pth")
+    convert(tmp_path / "x.pth", tmp_path / "a.pth", dtype=torch.float16)
+    same = torch.load(tmp_path / "a.pth")["emb.weight"]
+    assert torch.equal(same.nan_to_num(7.0), weights["emb.weight"].half().nan_to_num(7.0))
+    weights["ln_out.weight"][5] = 70000
+    torch.save(weights, tmp_path / "x.pth")
+    message = refusal(convert, tmp_path / "x.pth", tmp_path / "b.pth", dtype=torch.float16)
+    assert "ln_out.weight" in message and "float16" in message and not (tmp_path / "b.pth").exists()
+    convert(tmp_path / "x.pth", tmp_path / "b.pth", dtype=torch.bfloat16)
+
+
+def test_files_written_hold_no_more_than_their_tensors(tmp_path):
+    """Of tensors that are views of one storage, as some files have them: a layer is no larger than its numbers."""
+    weights = official_weights(1, 64)
+    whole = torch.cat([x.flatten() for x in (*weights.values(), torch.zeros(2_000_000))])
+    n = 0
+    for name, x in weights.items():
+        weights[name] = whole[n : n + x.numel()].view(x.shape)
+        n += x.numel()
+    torch.save(weights, tmp_path / "x.pth")
+    assert (tmp_path / "x.pth").stat().st_size > 8e6
+    for target in ("a.pt", "a.pth", "a.safetensors"):
+        convert(tmp_path / "x.pth", tmp_path / target)
+        assert (tmp_path / target).stat().st_size < 4 * n + 2e4
+
+
+@torch.no_grad()
+def test_worldrwkv_layout(folders, tmp_path, capsys):
+    """Names and tensors of August 2025 written out; what the file does not hold is said; what it cannot is refused."""
+    own = dict(template="v3", prompt_style="tagged", tokenizer="rwkv_vocab_v20230424.txt")
+    model = modrwkv_of(folders, tmp_path / "ckpt.pt", **own)
+    capsys.readouterr()  # what transformers said of its own files
+    convert(tmp_path / "ckpt.pt", tmp_path / "rwkv-0.pth", "worldrwkv", torch.bfloat16)
+    lines = capsys.readouterr().err.splitlines()
+    left_out = "adapter.audio, adapter.series, encoder.series, forecast_head left out"
+    assert len(lines) == 2 and left_out in lines[0] and "--layout=ours" in lines[0]
+    assert lines[1].endswith(f"need --image_encoder={folders('siglip')}: the layout worldrwkv holds no settings")
+    kept, want = torch.load(tmp_path / "rwkv-0.pth"), {}
+    for name, x in model.state_dict().items():
+        if name.startswith("adapter.image."):
+            want[name.replace("adapter.image", "proj")] = x.bfloat16()
+        elif not name.startswith(("adapter", "encoder", "forecast")):
+            want[f"llm.{name}"] = x.bfloat16()
+    assert {"llm.emb.weight", "llm.blocks.0.att.r_k", "proj.mlp.0.weight", "proj.pre_norm.bias"} < want.keys()
+    assert kept.keys() == want.keys() and all(torch.equal(x, want[name]) for name, x in kept.items())
+
+    read = load(tmp_path / "rwkv-0.pth", image_encoder=folders("siglip"))
+    assert read.config == dataclasses.replace(model.config, audio_encoder="none", series_encoder="none")
+    convert(tmp_path / "rwkv-0.pth", tmp_path / "again.safetensors", "worldrwkv")
+    again = read_checkpoint(tmp_path / "again.safetensors")["model"]
+    assert all(torch.equal(x, read_checkpoint(tmp_path / "rwkv-0.pth")["model"][name]) for name, x in again.items())
+
+    modrwkv_of(folders, tmp_path / "other.pt", conv_kernel=4, conv_stride=2)
+    capsys.readouterr()
+    convert(tmp_path / "other.pt", tmp_path / "other.pth", "worldrwkv")
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "--tokenizer=bytes --template=world --prompt_style=written --conv_stride=2 --image_encoder=" in line
+    modrwkv_of(folders, tmp_path / "more.pt", scan="bi", cls="last", conv_kernel=3, conv_stride=2)
+    convert(tmp_path / "more.pt", tmp_path / "more.pth", "worldrwkv")
+    assert "written --scan=bi --cls=last --image_encoder=" in capsys.readouterr().err
+    for changed, words in (
+        (dict(image_encoder="patch"), "image_encoder=patch"),
+        (dict(image_encoder="none"), "image_encoder=none"),
+        (dict(rwkv=6), "RWKV-6"),
+        (dict(head_size=32), "heads of 32"),
+        (dict(adapter_kind="linear"), "adapter_kind=linear"),
+    ):
+        modrwkv_of(folders, tmp_path / "odd.pt", **changed)
+        message = refusal(convert, tmp_path / "odd.pt", tmp_path / "odd.pth", "worldrwkv")
+        assert words in message and "worldrwkv" in message and not (tmp_path / "odd.pth").exists()
+
+
+def test_what_a_language_models_layout_leaves_out_is_said(folders, tmp_path, capsys):
+    """In one line with the layout that keeps it; of a language model alone nothing."""
+    modrwkv_of(folders, tmp_path / "ckpt.pt")
+    capsys.readouterr()
+    for target in ("x.pth", "x.safetensors"):
+        convert(tmp_path / "ckpt.pt", tmp_path / target)
+        [line] = capsys.readouterr().err.splitlines()
+        names = "adapter.audio, adapter.image, adapter.series, encoder.series, forecast_head left out"
+        assert names in line and "language model alone" in line and "--layout=ours" in line
+        convert(tmp_path / target, tmp_path / f"of {target}", "blinkdl")
+        assert capsys.readouterr() == ("", "")
+    with pytest.raises(SystemExit):
+        convert_main([str(tmp_path / "x.pth"), str(tmp_path / "y.pth"), "--layout=foo"])
+    assert "worldrwkv" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as e:
+        convert_main([str(tmp_path / "x.pth"), str(tmp_path / "x.safetensors")])
+    assert str(e.value).startswith("error: ") and "exists" in str(e.value)
+
+
+def test_broken_settings_in_a_safetensors_file(tmp_path):
+    """A message that names the file, not what json or dict says."""
+    from safetensors.torch import save_file
+
+    for config in ("{", "5", "[1]", '"abc"'):
+        save_file(official_weights(1, 64), tmp_path / "x.safetensors", {"config": config})
+        assert "x.safetensors" in refusal(load, tmp_path / "x.safetensors")
+
+
+LANGUAGE = dict(n_layer=2, n_embd=64, head_size=32, image_encoder="none")
+PHASE = ("--image_encoder=patch", "--phase=adapter", "--eval_samples=1", "--schedule=constant", "--warmup_steps=0")
+
+
+@pytest.fixture
+def adapters(counting, tmp_path):
+    """(the folder of a run of phase I, its flags, the file of its language model in bfloat16)."""
+    language = tmp_path / "lm" / "lm.pth"
+    language.parent.mkdir()
+    weights = randomise(ModRWKV(Config(**LANGUAGE))).state_dict()
+    torch.save({name: x.bfloat16() for name, x in weights.items()}, language)
+    flags = (f"--init_from={language}", "--tokenizer=bytes", *PHASE)
+    assert f"language model in {language}" in learn(tmp_path / "one", counting, *flags, "--max_steps=2")
+    return tmp_path / "one", flags, language
+
+
+def test_phase_one_stores_what_it_trained(adapters, counting, tmp_path, monkeypatch):
+    """The file's names; the language model's numbers in either precision; the same run in one go, bit for bit."""
+    out, flags, language = adapters
+    before = language.read_bytes(), language.stat().st_mtime_ns
+    contents = torch.load(out / "ckpt.pt")
+    assert contents["base"]["path"] == str(language)
+    assert contents["model"] and all(name.startswith(("encoder.", "adapter.")) for name in contents["model"])
+    weights = torch.load(language)
+    for dtype in (torch.float32, torch.bfloat16, "auto"):
+        own = load(out, dtype=dtype).state_dict()
+        for name, x in weights.items():
+            is_float = own[name].dtype == torch.float32
+            assert torch.equal(own[name], x.float() if is_float else x)
+        assert own["emb.weight"].dtype == (torch.float32 if dtype == torch.float32 else torch.bfloat16)
+    assert len(said(sample.main, f"--out_dir={out}", "--prompt=Hi", "--max_new_tokens=4")) > 0
+
+    learn(out, counting, "--resume", "--max_steps=4")
+    learn(tmp_path / "whole", counting, *flags, "--max_steps=4", "--save_interval=9")
+    runs = [torch.load(folder / "ckpt.pt")["model"] for folder in (out, tmp_path / "whole")]
+    assert runs[0].keys() == contents["model"].keys() == runs[1].keys()
+    assert all(torch.equal(x, runs[1][name]) for name, x in runs[0].items())
+    assert not torch.equal(runs[0]["adapter.image.mlp.2.weight"], contents["model"]["adapter.image.mlp.2.weight"])
+
+    learn(tmp_path / "again", counting, f"--init_from={out}", "--phase=adapter", "--max_steps=1")  # of adapters
+    assert torch.load(tmp_path / "again/ckpt.pt")["base"] == contents["base"]
+    learn(tmp_path / "two", counting, f"--init_from={out / 'ckpt.pt'}", "--max_steps=1")
+    two = torch.load(tmp_path / "two/ckpt.pt")
+    assert not two["base"] and weights.keys() < two["model"].keys()
+    assert 0 < distance(two["model"]["head.weight"], weights["head.weight"].float()) < 0.5
+    convert(out, tmp_path / "x.safetensors", "ours")
+    assert weights.keys() | contents["model"].keys() == read_checkpoint(tmp_path / "x.safetensors")["model"].keys()
+    assert before == (language.read_bytes(), language.stat().st_mtime_ns)
+
+    learn(out, counting, "--resume", "--phase=all", "--max_steps=5")  # from then on it is another language model
+    assert weights.keys() < torch.load(out / "ckpt.pt")["model"].keys()
+    language.unlink()
+    load(out), load(tmp_path / "two")
+
+
+def test_a_language_model_that_is_gone_or_another_one(adapters, counting, tmp_path):
+    """One sentence of every reader; it is found beside the checkpoint, in whatever layout and precision."""
+    out, flags, language = adapters
+    weights, first = torch.load(language), torch.load(out / "ckpt.pt")
+
+    def refused(*words):
+        for reader, *args in (
+            (load, out),
+            (sample.main, [f"--out_dir={out}", "--prompt=Hi"]),
+            (learn, out, counting, "--resume", "--max_steps=9"),
+            (learn, tmp_path / "no", counting, f"--init_from={out}", "--max_steps=9"),
+        ):
+            message = refusal(reader, *args)
+            assert all(word in message for word in (str(out), str(language), *words)), message
+
+    moved = {name: x.clone() for name, x in weights.items()}
+    moved["blocks.1.att.k_k"] += 1
+    torch.save(moved, language)
+    refused("is another one")
+    language.unlink()
+    refused("is gone", "beside")
+    torch.save({name: x.float() for name, x in weights.items()}, out / "lm.pth")  # the same numbers
+    assert torch.equal(load(out).head.weight, weights["head.weight"].float())
+    learn(out, counting, "--resume", "--max_steps=3")
+    (out / "lm.pth").unlink()
+    for base in (5, {"path": 5}, {"path": str(language)}, {"path": b"\0", "fingerprint": ""}, [1]):
+        torch.save(first | {"base": base}, out / "ckpt.pt")
+        assert str(out) in refusal(load, out)
+    own = {"path": str(out / "ckpt.pt"), "fingerprint": ""}
+    for path in (out / "ckpt.pt", out, "/dev/zero"):  # neither itself nor what has no end
+        torch.save(first | {"base": own | {"path": str(path)}}, out / "ckpt.pt")
+        assert "is gone" in refusal(load, out)
+
+
+def test_checkpoints_that_stay_whole(adapters, counting, trained, tmp_path):
+    """Of a new model, of a language model that learns, and of a run's own file, which may go on changing."""
+    _, flags, language = adapters
+    start = f"--init_from={language}", "--tokenizer=bytes", "--image_encoder=patch"
+    frozen = "--phase=adapter", f"--init_from={trained[0]}"
+    for i, more in enumerate((frozen[:1], frozen, (*start, "--freeze=emb,blocks.0"))):
+        learn(tmp_path / f"{i}", counting, *more, "--max_steps=1", "--eval_samples=1")
+        assert "emb.weight" in torch.load(tmp_path / f"{i}" / "ckpt.pt")["model"]
+    learn(tmp_path / "frozen", counting, *start, "--freeze=emb,blocks,ln_out,head", "--max_steps=1", "--eval_samples=1")
+    assert "emb.weight" not in torch.load(tmp_path / "frozen/ckpt.pt")["model"]
+
+
+def test_fingerprints_of_language_models():
+    """Equal where the numbers are, whatever holds them; another where one tensor is."""
+    weights = {name: x.bfloat16() for name, x in official_weights(2, 64).items()}
+    key = released_files.fingerprint(weights)
+    more = {"adapter.image.mlp.0.weight": torch.ones(3), "blocks.0.att.v0": torch.ones(64)}
+    assert released_files.fingerprint({name: x.float() for name, x in weights.items()} | more) == key
+    transposed = {name: x.t().contiguous().t() if x.dim() == 2 else x.flatten() for name, x in weights.items()}
+    assert released_files.fingerprint(transposed) == key
+    for name, x in weights.items():
+        if ".0.att.v" not in name or "value" in name:
+            assert released_files.fingerprint(weights | {name: x + 1}) != key
+    assert released_files.fingerprint({name: x for name, x in weights.items() if name != "ln_out.bias"}) != key
+
+
+GROWTH = """
+import sys, torch, modrwkv
+from data.released import load
+torch.set_num_threads(1)
+def peak():
+    return 1024 * int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+def answer(path):
+    model = load(path)
+    for _ in model.generate([[("text", list(range(1, 100)))]], max_new_tokens=8, step=modrwkv.traced_step(model)):
+        pass
+    assert model.emb.weight.dtype == torch.bfloat16
+with torch.inference_mode():
+    torch.randn(1, 64).bfloat16() @ torch.randn(64, 64).bfloat16()
+    answer(sys.argv[1])
+    before = peak()
+    answer(sys.argv[2])
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the peak of a process is read as Linux gives it")
+def test_a_checkpoint_takes_no_more_memory_than_its_file(tmp_path):
+    """The growth of a process of its own that reads and asks a file of 16 bits, in each layout; what a tiny one takes,
+    which is libraries, is not counted."""
+    normal = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
+    for name, size in (("small", (1, 64)), ("large", (4, 768))):
+        with torch.device("meta"):
+            model = ModRWKV(Config(n_layer=size[0], n_embd=size[1], image_encoder="none"), vocab_size=16384)
+        weights = {name: normal(x.shape).mul_(0.02).bfloat16() for name, x in model.state_dict().items()}
+        torch.save(weights, tmp_path / f"{name}.pth")
+    for target in ("x.pt", "x.safetensors"):
+        convert(tmp_path / "large.pth", tmp_path / target)
+    assert (tmp_path / "large.pth").stat().st_size > 60 * 2**20
+    for file in ("large.pth", "x.pt", "x.safetensors"):
+        done = run(["-c", GROWTH, tmp_path / "small.pth", tmp_path / file], REPO)
+        growth = int(done.stdout) / (tmp_path / file).stat().st_size
+        assert 0.7 < growth < 1.1, file  # all but the embeddings of other tokens, and what a layer's products take
+
+
+def test_files_are_mapped_for_answers_alone(adapters, monkeypatch):
+    """How each reader opens a checkpoint: a run's own, which it writes anew, without a map."""
+    out, _, language = adapters
+    opened, read = [], torch.load
+
+    def noted(path, **how):
+        opened.append((Path(path), how["mmap"]))
+        return read(path, **how)
+
+    monkeypatch.setattr(torch, "load", noted)
+    load(out)
+    assert opened == [(out / "ckpt.pt", True), (language, True)]
+    train.read_run(str(out / "ckpt.pt"), train.Train(), set())
+    assert opened[2:] == [(out / "ckpt.pt", False), (language, True)]
+
+
+WORLD_VOCABULARY = "rwkv_vocab_v20230424.txt"
+
+
+def test_where_the_world_vocabulary_is_found(official, tmp_path, monkeypatch):
+    """By its path, here, beside the checkpoint, in the package, which is not imported; else where to get it is said."""
+    monkeypatch.setenv("RWKV_VOCABULARY", "")
+    monkeypatch.chdir(tmp_path)
+    get_tokenizer.cache_clear()
+    torch.save(official_weights(1, 64, V=65536), tmp_path / "x.pth")
+
+    def found():
+        """The token of "a" in each place is another one."""
+        get_tokenizer.cache_clear()
+        assert load(tmp_path / "x.pth").config.tokenizer == WORLD_VOCABULARY  # the plain name wherever it is
+        return get_tokenizer(WORLD_VOCABULARY).encode("a")
+
+    def place(folder, token):
+        folder.mkdir(exist_ok=True)
+        (folder / WORLD_VOCABULARY).write_text(f"{token} 'a' 1\n")
+        return str(folder / WORLD_VOCABULARY)
+
+    imported = {name for name in sys.modules if name.startswith("rwkv.")}
+    assert found() == official[2].encode("a")
+    assert {name for name in sys.modules if name.startswith("rwkv.")} == imported
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    message = refusal(found)
+    assert all(word in message for word in (WORLD_VOCABULARY, "pip install rwkv", "BlinkDL's RWKV-LM"))
+    beside = place(tmp_path, 5)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert found() == [5]
+    asked = "from data.text import get_tokenizer; print(get_tokenizer('rwkv_vocab_v20230424.txt').encode('a'))"
+    env = ENV | {"PYTHONPATH": str(REPO), "RWKV_VOCABULARY": os.environ["RWKV_VOCABULARY"]}
+    done = subprocess.run([sys.executable, "-c", asked], cwd=tmp_path / "here", env=env, text=True, capture_output=True)
+    assert (done.stdout, os.environ["RWKV_VOCABULARY"]) == ("[5]\n", beside)  # in processes that are started later
+    place(tmp_path / "here", 6)
+    assert found() == [6]
+    get_tokenizer.cache_clear()
+    assert get_tokenizer(place(tmp_path / "other", 7)).encode("a") == [7]
+    get_tokenizer.cache_clear()
+    assert get_tokenizer(f"/gone/{WORLD_VOCABULARY}").encode("a") == [6]  # trained elsewhere
+    assert "there is no tokenizer" in refusal(get_tokenizer, "/gone/vocab.txt")
+    get_tokenizer.cache_clear()
+
+
+def test_the_vocabulary_beside_a_language_model_is_found_for_its_adapters(adapters, monkeypatch):
+    """And beside them in a folder, as flash-linear-attention's are."""
+    out, _, language = adapters
+    for folder, checkpoint in ((language.parent, out), (out, out / "ckpt.pt")):
+        monkeypatch.setenv("RWKV_VOCABULARY", "")
+        (folder / WORLD_VOCABULARY).write_text("5 'a' 1\n")
+        load(checkpoint, tokenizer=WORLD_VOCABULARY)
+        assert os.environ["RWKV_VOCABULARY"] == str(folder / WORLD_VOCABULARY)
+
+
+BLOCKS = {  # by layout, as in the README: the download, and the question
+    "BlinkDL": """
+hf download BlinkDL/rwkv-7-world RWKV-x070-World-0.4B-v2.9-20250107-ctx4096.pth --local-dir=models
+python sample.py --checkpoint=models/RWKV-x070-World-0.4B-v2.9-20250107-ctx4096.pth --prompt="Why is the sky blue?"
+""",
+    "fla": """
+hf download fla-hub/rwkv7-0.4B-world --local-dir=models/rwkv7-0.4B-world
+python sample.py --checkpoint=models/rwkv7-0.4B-world --prompt="Why is the sky blue?"
+""",
+    "WorldRWKV, pictures": """
+hf download WorldRWKV/RWKV7-0.4B-siglip2 rwkv-0.pth --local-dir=models/siglip2
+python sample.py --checkpoint=models/siglip2/rwkv-0.pth --image=cat.jpg --prompt="What is in the picture?"
+""",
+    "WorldRWKV, speech": """
+hf download WorldRWKV/RWKV7-0.4B-wavlmLarge-ENASR-demo rwkv-0.pth --local-dir=models/wavlm
+python sample.py --checkpoint=models/wavlm/rwkv-0.pth --audio=speech.wav
+""",
+    "VisualRWKV 6.0": """
+hf download howard-hou/visualrwkv-6 VisualRWKV-v060-1B6-v1.0-20240612.pth --local-dir=models
+python sample.py --checkpoint=models/VisualRWKV-v060-1B6-v1.0-20240612.pth --image=cat.jpg --prompt="What is it?"
+""",
+}
+
+
+@pytest.mark.parametrize("layout", BLOCKS)
+def test_blocks_of_the_readme_from_a_released_file_to_an_answer(layout, folders, official, tmp_path, monkeypatch):
+    """With a random file of the layout in the place of the download, and tiny encoders in those of the hub."""
+    monkeypatch.setenv("RWKV_VOCABULARY", "")
+    monkeypatch.chdir(tmp_path)
+    for name in ("siglip", "clip", "wavlm"):
+        family, model, _ = modrwkv.FAMILIES[name]
+        monkeypatch.setitem(modrwkv.FAMILIES, name, (family, model, folders(name)))
+    download, ask = [shlex.split(line) for line in BLOCKS[layout].strip().splitlines()]
+    *files, place = download[3:]
+    place = tmp_path / place.removeprefix("--local-dir=")
+    adapter = mlp(C_, 2, 32, "proj")
+    speech = mlp(C_, 2, 2 * C_, "proj", norm=False)
+    speech |= {"conv.weight": normal(2 * C_, 32, 3), "conv.bias": normal(2 * C_)}
+    adapters = {  # of the width of the tiny encoders
+        "WorldRWKV, pictures": under(WORLD + "adapter.", adapter),
+        "WorldRWKV, speech": under(WORLD + "adapter.", speech),
+        "VisualRWKV 6.0": {"proj.weight": normal(C_, 32)},
+    }
+    rwkv = RELEASED[layout][0]
+    weights = {name: x.bfloat16() for name, x in official_weights(2, C_, V=65536, rwkv=rwkv).items()}
+    if layout == "VisualRWKV 6.0":
+        weights = under("rwkv.", weights) | ones("vit.vision_model.x")
+    weights |= {name: x.bfloat16() for name, x in adapters.get(layout, {}).items()}
+    if layout == "fla":
+        place.parent.mkdir(parents=True)
+        hf_folder(place, fla_names(weights))
+        shutil.copy(official[1], place)  # as the repository has it
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    else:
+        place.mkdir(parents=True)
+        torch.save(weights, place / files[0])
+    noise(50, 40).save("cat.jpg")
+    soundfile.write("speech.wav", np.sin(np.arange(16000) / 9), 16000)
+
+    asked = Mock(side_effect=conversation)
+    monkeypatch.setattr("data.records.conversation", asked)
+    get_tokenizer.cache_clear()
+    answer = said(sample.main, *ask[2:], "--max_new_tokens=8", "--device=cpu")
+    config = asked.call_args.args[0]
+    named = dict(image_encoder="clip" if rwkv == 6 else "siglip", audio_encoder="wavlm")
+    want = {name: named[name] for name in named if RELEASED[layout][2].get(name, "none") != "none"}
+    want |= {name: value for name, value in RELEASED[layout][2].items() if name in ("template", "prompt_style", "scan")}
+    assert want.items() <= dataclasses.asdict(config).items() and config.tokenizer == WORLD_VOCABULARY
+    assert answer.strip()
+    get_tokenizer.cache_clear()

@@ -30,7 +30,7 @@ import modrwkv
 from data.batches import Batches
 from data.flags import find_device, flags
 from data.records import cache_media, find_data, presets, read_data, sample_command
-from data.released import read_checkpoint, read_safetensors
+from data.released import MODALITIES, base_of, read_checkpoint, read_safetensors
 from data.scores import draw_curve, errors, evaluate, report
 from modrwkv import ENCODERS, MEDIA, Config, InputError, ModRWKV, model_from_checkpoint, setting
 
@@ -116,7 +116,7 @@ def autocast_dtype(name, device):
 
 def read_run(path, s, given):
     """(checkpoint, settings) of the run that --resume goes on with."""
-    ckpt = read_checkpoint(path)
+    ckpt = read_checkpoint(path, mmap=False)  # a file that is mapped cannot be replaced everywhere
     if "train" not in ckpt:
         raise InputError(f"{path} was not written by train.py: start from its weights with --init_from")
     names = asdict(s).keys() - given
@@ -125,7 +125,7 @@ def read_run(path, s, given):
 
 
 def start_model(s, config, given, records):
-    """The model of --init_from, or a new one, with an encoder for each kind of media that the records have."""
+    """The model of --init_from, or a new one, with an encoder for each kind of media; what names its language model."""
     names, ckpt = given & asdict(config).keys(), None
     for kind in MEDIA:
         if f"{kind}_encoder" not in given:
@@ -151,11 +151,11 @@ def start_model(s, config, given, records):
         elif not ckpt or not any(name.startswith("encoder.series.") for name in ckpt["model"]):
             advice = "name its weights with --timer_weights=model.safetensors"
             raise InputError(f"--series_encoder=timer is pretrained: {advice}")
-    return model
+    return model, base_of(s.init_from, ckpt) if ckpt else None
 
 
 def resumed_model(path, config, given, ckpt):
-    """The model of a checkpoint; of the settings `given` only the place of a pretrained encoder may differ from it."""
+    """The same of a checkpoint; of the settings `given` only the place of a pretrained encoder may differ from it."""
     old = asdict(Config()) | ckpt["config"]
     scratch = {"none", *ENCODERS["image"], *ENCODERS["audio"]}
     moved = {}
@@ -165,7 +165,7 @@ def resumed_model(path, config, given, ckpt):
             moved[name] = new
         elif new != old[name]:
             raise InputError(f"{path} was trained with {name}={old[name]}: choose another --out_dir to change that")
-    return model_from_checkpoint(ckpt, path, **moved)
+    return model_from_checkpoint(ckpt, path, **moved), ckpt.get("base")
 
 
 class Loss(torch.nn.Module):
@@ -330,7 +330,7 @@ def describe(s, model, device, dtype, world, first):
     changed = [f"--{name}={value}" for name, value in settings.items() if value != defaults[name]]
     print0(f"settings: {' '.join(changed)}")
     sizes = {name: p.numel() / 1e6 for name, p in model.named_parameters()}
-    language = sum(n for name, n in sizes.items() if not name.startswith(("encoder.", "adapter.", "forecast_head.")))
+    language = sum(n for name, n in sizes.items() if not name.startswith(MODALITIES))
     threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     processes = f", {world} processes" if world > 1 else ""
     size = "RWKV-{rwkv} ({n_layer} layers x {n_embd})".format(**settings)
@@ -375,10 +375,12 @@ def main(argv=None):
     print0(f"data: {len(records):,} records to learn from ({names}), {len(val):,} held out")
     if any(record.get("audio") for record in val):
         errors([("a", "a")])  # better to miss jiwer now than when the answers are scored
-    model = resumed_model(ckpt_path, config, given, ckpt) if ckpt else start_model(s, config, given, records)
+    model, base = resumed_model(ckpt_path, config, given, ckpt) if ckpt else start_model(s, config, given, records)
     model.train()
     model.checkpoint_activations, model.feature_cache = s.checkpoint_activations, s.feature_cache
     modrwkv.freeze(model, s.phase, s.freeze)
+    if any(p.requires_grad for name, p in model.named_parameters() if not name.startswith(MODALITIES)):
+        base = None  # the language model will be another one
     (model.encoder if sharded else model).to(device)  # of a sharded model, each block goes there in parts
     if s.feature_cache:
         cache_media(model, (records + val)[rank::world])
@@ -425,12 +427,18 @@ def main(argv=None):
         raise InputError(f"{ckpt_path} has already done {first} steps: ask for more with --max_steps")
 
     describe(s, model, device, dtype, world, first)
+    if base:
+        print0(f"checkpoints: what is trained alone; they need the language model in {base['path']}")
     print0(try_longest(objective, batches, scaler, amp, device))
     ckpt = None  # its weights are the model's now
 
     def save_checkpoint(step):
+        weights = state_dicts.get_model_state_dict(model, options=WHOLE)
+        if base:  # the language model is in a file of its own
+            weights = {name: x for name, x in weights.items() if name.startswith(MODALITIES)}
         state = {
-            "model": state_dicts.get_model_state_dict(model, options=WHOLE),
+            "model": weights,
+            "base": base,
             "config": asdict(model.config),
             "optimizer": state_dicts.get_optimizer_state_dict(model, optimizers, options=WHOLE),
             "scaler": scaler.state_dict(),

@@ -1,9 +1,9 @@
-"""Checkpoints of others: the names of their tensors both ways.
+"""Checkpoints of others: the names of their tensors, and what is read from files. data/convert.py writes them:
 
-python -m data.released IN OUT    *.pt (ours), *.pth (BlinkDL's), *.safetensors or a folder (flash-linear-attention's)
+python -m data.released IN OUT [--layout=NAME] [--dtype=NAME]
 """
 
-import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -12,9 +12,9 @@ import sys
 
 import torch
 
-import modrwkv
 from data.media import reading
-from modrwkv import MEDIA, InputError, model_from_checkpoint, own_checkpoint, read_file
+from data.text import look_beside
+from modrwkv import InputError, model_from_checkpoint, own_checkpoint, read_file
 
 # The tables of released files: their names, our names, * the same in both, - left out; the first row that fits counts.
 FLA = """
@@ -69,6 +69,7 @@ LAYOUTS = [  # how a name in a file begins (the first that is found counts), its
     ("rwkv.", VISUAL6, {"image_encoder": "clip"} | SANDWICH),
 ]
 WIDE = {"image": "clip", "audio": "microsoft/wavlm-large"}  # of WorldRWKV's encoders, those of width 1024
+MODALITIES = ("encoder.", "adapter.", "forecast_head.")  # how the names begin of what is not the language model
 
 
 def rename(name, table, back=False):
@@ -93,7 +94,7 @@ def safetensors(path):
 
 
 def read_safetensors(path):
-    """{name: tensor} of a .safetensors file."""
+    """{name: tensor} of a .safetensors file; tensors are the file's pages, read when needed."""
     module = safetensors(path)
     try:
         return module.load_file(path)
@@ -101,26 +102,28 @@ def read_safetensors(path):
         raise InputError(f"cannot read {path}: {e}") from e
 
 
-def write(path, contents):
-    """Writes tensors (and plain values) as torch does, or as safetensors (*.safetensors); see modrwkv.write."""
-    if not str(path).endswith(".safetensors"):
-        return modrwkv.write(path, contents)
-    module = safetensors(path)
-    tensors = {name: x.contiguous() for name, x in contents.items()}
-    modrwkv.write(path, tensors, lambda tensors, f: f.write(module.save(tensors, {"format": "pt"})))
+def read_whole_safetensors(path):
+    """{name: tensor} of a .safetensors file; of one of ours, which has a config, what a checkpoint holds."""
+    tensors = read_safetensors(path)
+    with safetensors(path).safe_open(path, "pt") as f:
+        config = (f.metadata() or {}).get("config")
+    if not config:
+        return tensors
+    with reading(f"the config in {path}", "a JSON object"):
+        return {"model": tensors, "config": dict(json.loads(config))}
 
 
-def read_any_file(path):
+def read_any_file(path, mmap):
     """What read_file reads, a .safetensors file, or a folder of model.safetensors, whole or in parts by its index."""
     if path.endswith(".safetensors"):
-        return read_safetensors(path)
+        return read_whole_safetensors(path)
     if not os.path.isdir(path) or os.path.exists(os.path.join(path, "ckpt.pt")):
-        return read_file(path)
+        return read_file(path, mmap)
     whole, index = (os.path.join(path, f"model.safetensors{end}") for end in ("", ".index.json"))
     if not os.path.exists(index):
         if not os.path.exists(whole):
             raise InputError(f"{path} holds neither the ckpt.pt of train.py nor model.safetensors")
-        return read_safetensors(whole)
+        return read_whole_safetensors(whole)
     with reading(index, "an index of .safetensors files"), open(index, encoding="utf-8") as f:
         file_of = {name: os.path.basename(file) for name, file in json.load(f)["weight_map"].items()}
     parts = {file: read_safetensors(os.path.join(path, file)) for file in sorted(set(file_of.values()))}
@@ -136,14 +139,24 @@ def find_layout(data):
     return next((row for row in LAYOUTS if any(name.startswith(row[0]) for name in names)), None)
 
 
-def read_checkpoint(path):
+def read_checkpoint(path, mmap=True):
     """A checkpoint of ours, or a released one as if ours: {"model": {name: tensor}, "config": {name: value}, ...}.
 
     A released one has "original_name": of a name of ours, (the name in the file, whether it is transposed there).
-    Untrusted files are safe. Raises InputError naming the file.
+    One that holds adapters alone is given the language model that its "base" names. mmap: see modrwkv.read_file; a
+    file that will be written anew is read without. Untrusted files are safe. Raises InputError naming the file.
     """
     path = str(path)
-    data = read_any_file(path)
+    contents = read_one(path, mmap)
+    if contents.get("base"):
+        contents["model"] = read_base(path, contents["base"]) | contents["model"]
+    look_beside(path)
+    return contents
+
+
+def read_one(path, mmap):
+    """What read_checkpoint returns, without the language model of a "base"."""
+    data = read_any_file(path, mmap)
     layout = find_layout(data)
     if not layout:
         if contents := own_checkpoint(data, path):
@@ -210,92 +223,64 @@ def check_epsilon(path, weights):
         raise InputError(f"{path} does not fit: its heads of {N} channels have {norm}")
 
 
+def fingerprint(weights):
+    """A key of a language model in {name: tensor}: of 64 numbers of each tensor, in whatever file and precision."""
+    digest = hashlib.sha256()
+    for name in sorted(map(str, weights)):
+        x = weights[name]
+        unused = re.fullmatch(r"blocks\.0\.att\.v[012]", name)  # layer 0 has none, but some files do
+        if torch.is_tensor(x) and not name.startswith(MODALITIES) and not unused:
+            digest.update(f"{name} {x.numel()}".encode())
+            digest.update(x.reshape(-1)[:: max(1, x.numel() // 64)].double().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def base_of(path, contents):
+    """What names the language model of a checkpoint in those that will hold adapters of it alone.
+
+    None of a run's own ckpt.pt, which will be another one when the run goes on.
+    """
+    if "train" in contents or contents.get("base"):
+        return contents.get("base")
+    return {"path": os.path.abspath(path), "fingerprint": fingerprint(contents["model"])}
+
+
+def read_base(path, base):
+    """{name: tensor} of the language model that `base` names for the checkpoint at path: where it was, or beside it.
+
+    The place is only ever read. Raises InputError where there is none, or another one.
+    """
+    with reading(path, "a checkpoint of adapters and the file of their language model"):
+        name, wanted = str(base["path"]), base["fingerprint"]
+    folder = path if os.path.isdir(path) else os.path.dirname(path)
+    own = {os.path.realpath(path), os.path.realpath(os.path.join(path, "ckpt.pt"))}
+    places = dict.fromkeys([name, os.path.join(folder, os.path.basename(name))])
+    found = [x for x in places if (os.path.isfile(x) or os.path.isdir(x)) and os.path.realpath(x) not in own]
+    for place in found:
+        weights = read_one(place, mmap=True)["model"]
+        if fingerprint(weights) == wanted:
+            look_beside(place)
+            return {name: x for name, x in weights.items() if not str(name).startswith(MODALITIES)}
+    holds = f"{path} holds adapters of the language model {name}"
+    if found:
+        raise InputError(f"{holds}, but {found[0]} is another one: put the one that they were trained with there")
+    raise InputError(f"{holds}, which is gone: put it there, or beside {path}")
+
+
 def load(path, device="cpu", dtype="auto", **changes):
     """A model ready to answer, from a checkpoint of train.py (or its folder) or a released one, told by its names.
 
     These are BlinkDL's .pth of RWKV-5.2, 6 and 7, .safetensors of flash-linear-attention and WorldRWKV (or a folder),
     and .pth of WorldRWKV and VisualRWKV 6.0 and 7.00. Untrusted files are safe.
-    dtype: see modrwkv.load
-    changes: settings of Config to override, e.g. tokenizer="rwkv_vocab_v20230424.txt" for an official .pth,
-    template="v2", image_encoder="folder", or image_encoder="none" for the language model alone.
+    dtype: torch.float32, bfloat16 or float16; "auto" is the file's own. State, norms and decays are float32 in any.
+    changes: settings of Config to override, e.g. tokenizer="bytes", template="v2", image_encoder="folder", or
+    image_encoder="none" for the language model alone.
     Raises InputError if the file cannot be read or does not fit, naming what is missing or too much.
     """
     return model_from_checkpoint(read_checkpoint(path), path, dtype, **changes).to(device).eval()
 
 
-def convert(source, target):
-    """Writes the checkpoint `source` as `target`; no number changes, nor its dtype.
-
-    *.pt is our layout, *.pth BlinkDL's, *.safetensors or a folder (with config.json) flash-linear-attention's. The last
-    three take a language model alone.
-    """
-    kind = os.path.splitext(target)[1]
-    file = target if kind in (".pt", ".pth", ".safetensors") else os.path.join(target, "model.safetensors")
-    if os.path.exists(file):
-        raise InputError(f"{file} exists: choose another name")
-    data = read_checkpoint(source)
-    model = model_from_checkpoint(data, source, **{f"{kind}_encoder": "none" for kind in MEDIA})
-    config = model.config
-    modalities = ("encoder.", "adapter.", "forecast_head.")
-    weights = {name: data["model"][name].reshape(x.shape) for name, x in model.state_dict().items()}
-    others = {name: x for name, x in data["model"].items() if name.startswith(modalities)}
-    if kind == ".pt":
-        encoders = {name: value for name, value in data["config"].items() if name.endswith("_encoder")}
-        return write(file, {"model": weights | others, "config": dataclasses.asdict(config) | encoders})
-    if others:
-        print(f"{source}: encoders and adapters are left out: {target} takes a language model alone", file=sys.stderr)
-    if kind == ".pth":
-        return write(file, weights)
-    if config.rwkv != 7 or config.head_size != 64:
-        own = f"RWKV-{config.rwkv} with {config.head_size}"
-        raise InputError(f"{source}: flash-linear-attention's layout takes RWKV-7 with heads of 64 channels, not {own}")
-    if file != target:
-        os.makedirs(target, exist_ok=True)
-        with open(os.path.join(target, "config.json"), "w") as f:
-            json.dump(fla_config(weights), f, indent=2)
-    write(file, dict(to_fla(name, x) for name, x in weights.items()))
-
-
-def to_fla(name, x):
-    """(name, tensor) of flash-linear-attention's layout for one of ours."""
-    name, transposed = rename(name, FLA, back=True)
-    if transposed:
-        return name, x.t()
-    return name, x.flatten() if x.dim() == 3 and ".attn.x_" not in name else x
-
-
-def fla_config(weights):
-    """The config.json of flash-linear-attention for an RWKV-7's weights."""
-    (vocab_size, C), ffn_dim = weights["emb.weight"].shape, len(weights["blocks.0.ffn.key.weight"])
-    n_layer = sum(name.endswith(".ln1.weight") for name in weights)
-    config = {
-        "model_type": "rwkv7",
-        "architectures": ["RWKV7ForCausalLM"],
-        "torch_dtype": str(weights["emb.weight"].dtype).removeprefix("torch."),
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "vocab_size": vocab_size,
-        "hidden_size": C,
-        "intermediate_size": ffn_dim,
-        "hidden_ratio": ffn_dim / C,
-        "num_hidden_layers": n_layer,
-        "head_dim": 64,
-        "num_heads": C // 64,
-        "value_dim": [C] * n_layer,
-        "norm_eps": 1e-5,
-        "norm_bias": True,
-        "tie_word_embeddings": False,
-    }
-    for name, matrix in (("decay", "w1"), ("a", "a1"), ("v", "v1"), ("gate", "g1")):
-        layer = min(1, n_layer - 1) if name == "v" else 0  # layer 0 has none
-        config[f"{name}_low_rank_dim"] = size(weights, f"blocks.{layer}.att.{matrix}", 1) or 32
-    return config
-
-
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(__doc__.split("\n\n")[1].strip())
-    try:
-        convert(*sys.argv[1:])
-    except (InputError, OSError) as e:
-        sys.exit(f"error: {e}")
+    from data.convert import main
+
+    main()

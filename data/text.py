@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import importlib.util
 import os
 import re
 from dataclasses import dataclass
@@ -87,14 +88,38 @@ class WorldTokenizer:
         return b"".join(self.bytes_of.get(i, b"") for i in ids)  # ids above the vocabulary have no text
 
 
+VOCABULARY = "rwkv_vocab_v20230424.txt"  # of every released model
+
+
+def look_beside(checkpoint):
+    """From now on a VOCABULARY beside this checkpoint is found, also by processes that are started to read data."""
+    folder = checkpoint if os.path.isdir(checkpoint) else os.path.dirname(checkpoint)
+    path = os.path.abspath(os.path.join(folder, VOCABULARY))
+    if os.path.isfile(path):
+        os.environ["RWKV_VOCABULARY"] = path
+
+
 @functools.lru_cache
 def get_tokenizer(name):
-    """The tokenizer of a Config: bytes, gpt2, or the path of an RWKV World vocabulary; raises InputError."""
+    """The tokenizer of a Config: bytes, gpt2, or the path of an RWKV World vocabulary; raises InputError.
+
+    VOCABULARY is also found in the current folder, beside a checkpoint that was read, and in the package rwkv.
+    """
     if name in ("bytes", "gpt2"):
         return TiktokenTokenizer(name)
-    if not os.path.isfile(name):
-        raise InputError(f"there is no tokenizer {name}: it is bytes, gpt2, or the path of rwkv_vocab_v20230424.txt")
-    return WorldTokenizer(name)
+    places, is_official = [name], os.path.basename(name) == VOCABULARY
+    if is_official:
+        package = importlib.util.find_spec("rwkv")  # without importing it
+        folders = package.submodule_search_locations if package else None
+        places += [VOCABULARY, os.environ.get("RWKV_VOCABULARY", "")]
+        places += [os.path.join(folder, VOCABULARY) for folder in folders or ()]
+    for path in places:
+        if os.path.isfile(path):
+            return WorldTokenizer(path)
+    if is_official:
+        places = "here, nor beside the checkpoint, nor in the package rwkv"
+        raise InputError(f"{name} is not {places}: pip install rwkv brings it, or take it from BlinkDL's RWKV-LM")
+    raise InputError(f"there is no tokenizer {name}: it is bytes, gpt2, or the path of {VOCABULARY}")
 
 
 @dataclass
