@@ -7,4 +7,5 @@ batches    samples to the micro-batches of each training step
 released   checkpoints of others, and python -m data.released IN OUT, which converts
 scores     exact match, error rates, long-term forecasting
 ablate     python -m data.ablate NAME: the papers' tables
+long       python -m data.ablate long: time and memory by the prompt's length, beside a Transformer
 """
