@@ -5982,3 +5982,59 @@ def test_blocks_of_the_readme_from_a_released_file_to_an_answer(layout, folders,
     assert want.items() <= dataclasses.asdict(config).items() and config.tokenizer == WORLD_VOCABULARY
     assert answer.strip()
     get_tokenizer.cache_clear()
+
+
+@pytest.fixture
+def small_points(monkeypatch):
+    """Points of data/long.py run in this process, but for the first; the list of those that ran."""
+    alone, ran = ablate.long.subprocess.run, []
+
+    def play(command, **more):
+        assert command[:3] == [sys.executable, "-m", "data.long"]
+        ran.append(command[3])
+        if len(ran) == 1:
+            return alone(command, **more)
+        return SimpleNamespace(returncode=0, stdout=said(ablate.long.main, "point", *command[3:]))
+
+    monkeypatch.setattr(ablate.long.subprocess, "run", play)
+    return ran
+
+
+def test_long_prompts_beside_a_llama(small_points, tmp_path, monkeypatch):
+    """Parameters, state and cache, and vectors of a picture, counted: against sums by hand."""
+    argv = "long --tokens=32,16 --new_tokens=4 --n_layer=2 --n_embd=64 --threads=1 --device=cpu".split()
+    argv = [*argv, f"--out_dir={tmp_path}"]
+    lines = said(ablate.main, *argv).splitlines()
+    assert len(small_points) == 10 and lines[-1] == str(tmp_path / "long.png") and (tmp_path / "long.png").exists()
+    points = {}
+    for line in (tmp_path / "long.jsonl").read_text().splitlines():
+        point = json.loads(line)
+        points[point["flags"][0].removeprefix("--point=")] = point
+        assert 0 < point["token"] <= point["total"] and 0 < point["first"] <= point["total"]
+    for n in (16, 32):
+        for kind in ("llama", "static"):
+            assert points[f"{kind},{n}"]["parameters"] == pytest.approx(points[f"rwkv,{n}"]["parameters"], rel=0.02)
+        assert points[f"rwkv,{n}"]["state"] == 4 * 2 * (64 * 64 + 2 * 64)  # float32, layers, S and two tokens
+        assert points[f"llama,{n}"]["state"] == 4 * 2 * 2 * 64 * (n + 3)  # keys and values; the last is not read
+        assert points[f"static,{n}"]["state"] == 4 * 2 * 2 * 64 * (n + 4)
+    assert [points[f"image,{conv}"]["vectors"] - 32 for conv in ("0,1", "3,2", "4,3", "5,4")] == [576, 288, 192, 144]
+    assert [x.count("|") for x in lines if x.startswith("|")] == [8] * 8 + [6] * 6
+    assert [x.split(" | ")[0] for x in lines if x.startswith("| ")][2:8] == ["| 16"] * 3 + ["| 32"] * 3
+    assert sum("4 tokens after 32, Llama" in x for x in lines) == 2
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    again = said(ablate.main, *argv).splitlines()
+    assert len(small_points) == 10 and again[:-1] == lines[10:-1] and "[plot]" in again[-1]
+    monkeypatch.setattr(ablate.long.subprocess, "run", Mock(return_value=SimpleNamespace(returncode=1)))
+    assert "rwkv,17 did not finish" in refusal(ablate.main, [*argv, "--tokens=17"])
+
+
+def test_one_token_beside_the_package(monkeypatch):
+    """A row for each size, of five figures."""
+    for name in ("RWKV_V7_ON", "RWKV_JIT_ON", "RWKV_CUDA_ON"):
+        monkeypatch.setenv(name, os.environ.get(name, "0"))  # to be as before
+    monkeypatch.setattr(ablate.long, "SIZES", [(2, 64, 64, torch.float32)])
+    monkeypatch.setattr(ablate.long, "TRACE_AFTER", 0)
+    head, _, row = said(ablate.main, "decode", "--threads=1").splitlines()
+    assert head.count("|") == row.count("|") == 7 and row.startswith("| 2 x 64, torch.float32 | ")
+    assert all(float(cell) > 0 for cell in row.split(" | ")[1:-1])

@@ -8,4 +8,5 @@ released   checkpoints of others, read as if they were ours
 convert    python -m data.released IN OUT: checkpoints for others, and in another precision
 scores     exact match, error rates, long-term forecasting
 ablate     python -m data.ablate NAME: the papers' tables
+long       python -m data.ablate long: time and memory by the prompt's length, beside a Transformer
 """

@@ -1,6 +1,7 @@
 """The papers' tables: trains each row of one with three seeds, and prints it.
 
 python -m data.ablate NAME [--flags of train.py]        NAME: data (generations), prompt, scan, adapter or conv
+python -m data.ablate long|decode [--flags]             time and memory: data/long.py
 
 Each run is a process of its own into a folder of --out_dir. One that is there already is not done again, one that was
 stopped goes on. On a CPU, runs go side by side, a thread each, which wastes nothing.
@@ -18,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from data import long
 from modrwkv import InputError, read_file
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -125,12 +127,10 @@ def ablate(table, data, out_dir, device, max_steps, flags):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(
-        "python -m data.ablate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    if argv[:1] in (["long"], ["decode"]):
+        return long.main(argv)
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m data.ablate", None, __doc__, formatter_class=style, allow_abbrev=False)
     parser.add_argument("name", choices=ABLATIONS)
     for name, default in (("data", "digits"), ("out_dir", "out"), ("device", "auto")):
         parser.add_argument(f"--{name}", default=default)
