@@ -597,7 +597,7 @@ def test_wkv7_without_a_kernel_compiles():
     is looked up. In no case a value other than the loop's."""
     known = functools.partial(modrwkv.wkv7, w_min=-0.607)
     one_graph = torch.compile(known, fullgraph=True, dynamic=False, backend="aot_eager")
-    with_breaks = torch.compile(modrwkv.wkv7, backend="aot_eager")
+    with_breaks = torch.compile(modrwkv.wkv7, backend="eager")
     for compiled, T, fastest in (
         (known, 97, 0.6),
         (one_graph, 97, 0.6),
@@ -629,41 +629,18 @@ def test_wkv7_rounds_half_precision_once(device, dtype, autocast, T, N):
 
 
 @needs_compiler
-@pytest.mark.parametrize("device", DEVICES)
-@trials(40)
-@given(
-    T=st.integers(1, 100),
-    N=st.sampled_from([16, 32, 64, 128]),
-    exponent=st.floats(-6, math.log10(60)),
-    mixed=st.booleans(),
-    transition=st.sampled_from([1, 0]),
-    with_state=st.booleans(),
-    infinite=st.sampled_from([0, 0, 0.1, 1]),
-    seed=SEEDS,
-)
-@example(T=100, N=64, exponent=math.log10(0.6065), mixed=True, transition=1, with_state=True, infinite=0, seed=1)
-def test_kernel_deviates_by_2e_6_at_most(device, T, N, exponent, mixed, transition, with_state, infinite, seed):
-    inputs = wkv7_inputs(T, N, 10**exponent, mixed, transition, with_state, seed, infinite=infinite)
-    assert modrwkv.has_kernel(device)
-    for got, exact in zip(
-        run_wkv7(modrwkv.wkv7, inputs, torch.float32, device=device), run_wkv7(modrwkv.wkv7_loop, inputs, torch.float64)
-    ):
-        assert distance(got, exact) <= 2e-6
-
-
-@needs_compiler
 @pytest.mark.parametrize("T", [1, 32, 45])
 def test_kernel_writes_all_it_returns(monkeypatch, T):
-    inputs = wkv7_inputs(T, 16, 0.6, True, 1, False, seed=1)
-    want = run_wkv7(modrwkv.wkv7, inputs, torch.float32)
-    empty = torch.empty_like
+    """Tensors that torch makes empty are full of NaN."""
+    inputs = wkv7_inputs(T, 16, with_state=False)
+    want, empty = run_wkv7(modrwkv.wkv7, inputs), torch.empty_like
+
+    def new_empty(self, *shape, **how):
+        return self.new_full(shape if len(shape) > 1 else shape[0], math.nan, **how)
+
     monkeypatch.setattr(torch, "empty_like", lambda *args, **how: empty(*args, **how).fill_(math.nan))
-    monkeypatch.setattr(
-        torch.Tensor,
-        "new_empty",
-        lambda self, *shape, **how: self.new_full(shape if len(shape) > 1 else shape[0], math.nan, **how),
-    )
-    assert all(map(torch.equal, run_wkv7(modrwkv.wkv7, inputs, torch.float32), want))
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    assert all(map(torch.equal, run_wkv7(modrwkv.wkv7, inputs), want))
 
 
 @needs_compiler
@@ -687,61 +664,27 @@ def test_blocks_share_two_graphs(rwkv):
 
 @needs_compiler
 @pytest.mark.parametrize("N", [16, 32, 64, 128])
-@pytest.mark.parametrize("T", [1, 2, 3, 4, 33])
-def test_kernel_without_gradients(T, N):
-    """As in decoding, where a few steps go another way."""
-    inputs = wkv7_inputs(T, N, 60.0, True, 1, True, seed=T, infinite=0.1)
-    want = modrwkv.wkv7_loop(*(x.double() for x in inputs))
-    with torch.no_grad():
-        got = modrwkv.wkv7(*inputs)
-    assert all(distance(x, y) < 2e-6 for x, y in zip(got, want))
-
-
-@needs_compiler
-@pytest.mark.parametrize("N", [16, 32, 64, 128])
 @pytest.mark.parametrize("threads", [2, 3, 4, 16, 64])
 def test_kernel_with_rows_shared_out_among_threads(N, threads):
     """Of one head, so that there are more threads than heads, and at last than blocks of rows."""
-    inputs = wkv7_inputs(600, N, 0.6, True, 1, True, seed=2, H=1)
-    want = run_wkv7(modrwkv.wkv7, inputs, torch.float32)
+    inputs = wkv7_inputs(600, N, seed=2, H=1)
+    want = run_wkv7(modrwkv.wkv7, inputs)
     torch.set_num_threads(threads)
     try:
-        got = run_wkv7(modrwkv.wkv7, inputs, torch.float32)
+        got = run_wkv7(modrwkv.wkv7, inputs)
     finally:
         torch.set_num_threads(1)
-    assert all(distance(x, y) < 1e-6 for x, y in zip(got, want))
-
-
-@needs_compiler
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_kernel_rounds_half_precision_once(device, dtype):
-    inputs = [x.to(dtype) for x in wkv7_inputs(70, 64, 0.6, True, 1, False, seed=3)]
-    exact = run_wkv7(modrwkv.wkv7_loop, inputs, torch.float64)
-    for i, (got, want) in enumerate(zip(run_wkv7(modrwkv.wkv7, inputs, dtype, device=device), exact)):
-        assert distance(got, want) <= (
-            1.5 * distance(want.to(dtype), want) if i != 1 else 2e-6
-        )  # the state stays float32
+    assert max(map(distance, got, want)) < 1e-6
 
 
 @needs_compiler
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("with_state", [True, False])
 def test_kernel_as_an_operator_of_torch(device, with_state):
-    *six, state = [x.to(device).requires_grad_() for x in wkv7_inputs(40, 16, 0.6, True, 1, True, seed=4)]
+    """By torch's own checks of schema, gradients, fake tensors and compilation with unknown sizes."""
+    *six, state = [x.to(device).contiguous().requires_grad_() for x in wkv7_inputs(40, 16, seed=4)]
     checks = torch.library.opcheck(modrwkv.wkv7_kernel, (*six, state if with_state else None, True))
     assert set(checks.values()) == {"SUCCESS"}
-
-    def loss(*inputs):
-        y, S = modrwkv.wkv7(*inputs)
-        return y.square().sum() + S.square().sum()
-
-    inputs = (*six, state) if with_state else six
-    want = torch.autograd.grad(loss(*inputs), inputs)
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    again = torch.utils.checkpoint.checkpoint(loss, *inputs, use_reentrant=False)
-    for other in (compiled(*inputs), again):
-        assert all(distance(x, y) < 1e-6 for x, y in zip(torch.autograd.grad(other, inputs), want))
 
 
 @needs_compiler
@@ -750,21 +693,9 @@ def test_kernel_compiles_once_for_all_lengths():
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(modrwkv.wkv7, fullgraph=True, dynamic=True, backend=counter)
     for T in (17, 40, 77, 200):
-        inputs = wkv7_inputs(T, 16, 0.6, True, 1, False, seed=T)
-        got = run_wkv7(compiled, inputs, torch.float32)
-        for x, exact in zip(got, run_wkv7(modrwkv.wkv7_loop, inputs, torch.float32), strict=True):
-            assert distance(x, exact) < 1e-5
+        inputs = wkv7_inputs(T, 16, with_state=False, seed=T)
+        assert max(map(distance, run_wkv7(compiled, inputs), run_wkv7(modrwkv.wkv7_loop, inputs))) < 1e-5
     assert counter.frame_count <= 2
-
-
-@needs_compiler
-def test_kernel_takes_any_strides():
-    inputs = wkv7_inputs(20, 16, 0.6, True, 1, True, seed=5)
-    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs[:6]] + [inputs[6].mT.contiguous().mT]
-    assert not strided[0].is_contiguous()
-    assert all(
-        map(torch.equal, run_wkv7(modrwkv.wkv7, strided, torch.float32), run_wkv7(modrwkv.wkv7, inputs, torch.float32))
-    )
 
 
 RECURRENCE = """
@@ -775,20 +706,18 @@ print(modrwkv.wkv7(x, -x, x, x, x, x * 0)[0].sum().item(), flush=True)
 
 
 def recurrence(cache, **environment):
-    """The printed sum, and what was said, of a fresh process whose compiled kernels are in the folder `cache`."""
+    """A fresh process that prints a sum, and whose compiled kernels are in the folder `cache`."""
     environment = os.environ | {"XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"} | environment
-    return subprocess.Popen(
-        [sys.executable, "-c", RECURRENCE], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    command, pipes = [sys.executable, "-c", RECURRENCE], dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, env=environment, text=True, **pipes)
 
 
 @needs_compiler
 def test_kernel_is_compiled_once_by_processes_at_once(tmp_path):
-    said = [process.communicate() for process in [recurrence(tmp_path) for _ in range(2)]]
-    assert said[0][0] == said[1][0] != ""
+    """Both and a third one, which compiles nothing, print the same, and one library is left."""
+    (sum1, _), (sum2, _) = [process.communicate() for process in [recurrence(tmp_path) for _ in range(2)]]
     [library] = [path for path in tmp_path.rglob("*") if path.is_file()]
-    out, err = recurrence(tmp_path).communicate()
-    assert (out, err) == (said[0][0], "") and library.suffix == ".so"
+    assert recurrence(tmp_path).communicate() == (sum1, "") and library.suffix == ".so" and sum1 == sum2 != ""
 
 
 @needs_compiler
@@ -807,9 +736,10 @@ def test_kernel_that_was_damaged_is_compiled_again(tmp_path, monkeypatch, capsys
     assert ctypes.CDLL(compile()).answer() == 42 and list(tmp_path.glob("modrwkv/*")) == [path]
 
 
-@pytest.mark.parametrize(
-    "case", ["no home", "empty home", "relative", "anyone writes", "a link", "a file", "read only"]
-)
+CACHES = "no home", "empty home", "relative", "anyone writes", "a link", "a file", "read only"
+
+
+@pytest.mark.parametrize("case", CACHES)
 def test_kernel_cache_is_the_users_alone(tmp_path, monkeypatch, case):
     """Otherwise a temporary folder of this process, and nothing is written where it runs."""
     cache, temporary = tmp_path / "cache", tmp_path / "tmp"
@@ -840,6 +770,7 @@ def test_kernel_cache_is_the_users_alone(tmp_path, monkeypatch, case):
     assert sorted(tmp_path.iterdir()) == [cache, temporary]
 
 
+KERNEL = REPO / "kernel.cu"
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
@@ -857,13 +788,18 @@ def gpus(tmp_path, monkeypatch):
     modrwkv.kernel.cache_clear()
 
 
+def executable(path, script):
+    """An executable file, its folder made where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
 def test_gpu_kernel_is_compiled_by_a_package_of_pip(gpus, cuda, tmp_path, monkeypatch, capsys):
     """Where there is no nvcc but that of cuda-toolkit; here a script that gives the library for the CPU."""
-    script = f'#!/bin/sh\nPATH=/usr/bin:/bin\necho "$@" >> {tmp_path}/calls\nfor last; do :; done\n'
-    folder = tmp_path / "site" / "nvidia" / "cu13" / "bin"
-    folder.mkdir(parents=True)
-    (folder / "nvcc").write_text(script + f'cp {cuda._name} "$last"\n')
-    (folder / "nvcc").chmod(0o755)
+    folder, calls = tmp_path / "site" / "nvidia" / "cu13", tmp_path / "calls"
+    script = f'PATH=/usr/bin:/bin\necho "$@" >> {calls}\nfor last; do :; done\ncp {cuda._name} "$last"'
+    executable(folder / "bin" / "nvcc", script)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     gpus += [(9, 0), (7, 5), (9, 0)]
@@ -873,9 +809,9 @@ def test_gpu_kernel_is_compiled_by_a_package_of_pip(gpus, cuda, tmp_path, monkey
     for said in ("compiling kernel.cu for this GPU, once, about 30 seconds ...\n", ""):
         modrwkv.kernel.cache_clear()
         assert modrwkv.has_kernel("cuda") and capsys.readouterr().err == said
-    [call] = (tmp_path / "calls").read_text().splitlines()
+    [call] = calls.read_text().splitlines()
     gencode = "-gencode=arch=compute_75,code=sm_75 -gencode=arch=compute_90,code=sm_90"
-    assert gencode in call and f"-L{folder.parent}/lib" in call
+    assert gencode in call and f"-L{folder}/lib" in call
     gpus.append((8, 0))  # another GPU, another library
     assert modrwkv.compile_for_gpu(str(KERNEL)) and "compiling" in capsys.readouterr().err
 
@@ -883,39 +819,33 @@ def test_gpu_kernel_is_compiled_by_a_package_of_pip(gpus, cuda, tmp_path, monkey
 @pytest.mark.skipif(not NVCC, reason="no nvcc")
 def test_gpu_kernel_without_its_driver(gpus, tmp_path, capsys):
     """What nvcc makes is a library that can be opened here; one line says why there is no kernel."""
-    source = re.sub(r"\n *case (16|32|128|1|2): .*", "", KERNEL.read_text())  # of the 24 kernels two
-    (tmp_path / "kernel.cu").write_text(source)
+    source = tmp_path / "kernel.cu"
+    source.write_text(re.sub(r"\n *case (16|32|128|1|2): .*", "", KERNEL.read_text()))  # of the 24 kernels two
     gpus += [(7, 5), (12, 0)]
-    path = modrwkv.compile_for_gpu(str(tmp_path / "kernel.cu"))
+    path = modrwkv.compile_for_gpu(str(source))
     assert ctypes.CDLL(path).wkv7_backward and "compiling" in capsys.readouterr().err
-    assert modrwkv.compile_for_gpu(str(tmp_path / "kernel.cu")) == path and not capsys.readouterr().err
+    assert modrwkv.compile_for_gpu(str(source)) == path and not capsys.readouterr().err
     gpus[:] = [(1, 0)]
-    message = refusal(modrwkv.compile_for_gpu, str(tmp_path / "kernel.cu"))
+    message = refusal(modrwkv.compile_for_gpu, str(source))
     assert "cannot compile kernel.cu: nvcc fatal" in message and "compute_10" in message
 
 
-@pytest.mark.parametrize(
-    ("compiler", "reason"),
-    [
-        (None, "there is no C++ compiler; install g++ or clang++"),
-        ("echo no error: >&2; exit 1", "cannot compile kernel.cu"),
-    ],
-)
+NO_COMPILER = {"": "there is no C++ compiler; install g++ or clang++"}
+NO_COMPILER |= {"echo no error: >&2; exit 1": "cannot compile kernel.cu"}
+
+
+@pytest.mark.parametrize("compiler,reason", NO_COMPILER.items())
 def test_without_a_compiler_torch_does_it(tmp_path, compiler, reason):
-    bin = tmp_path / "bin"
-    bin.mkdir()
+    """Against the sum that a process with a compiler prints."""
     if compiler:
-        (bin / "g++").write_text(f"#!/bin/sh\n{compiler}\n")
-        (bin / "g++").chmod(0o755)
-    out, err = recurrence(tmp_path, PATH=str(bin), CXX="").communicate()
+        executable(tmp_path / "bin" / "g++", compiler)
+    out, err = recurrence(tmp_path, PATH=str(tmp_path / "bin"), CXX="").communicate()
     want, _ = recurrence(tmp_path).communicate()
     assert float(out) == pytest.approx(float(want), rel=1e-6)
     assert reason in err and "the recurrence runs in PyTorch's own operations" in err and "Traceback" not in err
 
 
 # ------------------------------------------------------------ kernel.cu's CUDA, run on the CPU
-
-KERNEL = REPO / "kernel.cu"
 
 
 def open_cuda_on_cpu(folder, *flags):
@@ -933,6 +863,11 @@ def open_cuda_on_cpu(folder, *flags):
 @pytest.fixture(scope="session")
 def cuda(tmp_path_factory):
     return open_cuda_on_cpu(tmp_path_factory.mktemp("cuda"))
+
+
+@pytest.fixture(scope="session")
+def sm_75(tmp_path_factory):
+    return open_cuda_on_cpu(tmp_path_factory.mktemp("sm_75"), "-DCUDA_ON_CPU_ARCH=75")
 
 
 def guarded(shape, dtype, margin=2048):
@@ -968,7 +903,7 @@ def cuda_forward(cuda, x, s0=None, keep=True):
 def cuda_backward(cuda, x, kept, dy, dsT=None, want_ds0=True):
     """Returns dr, dw, dk, dv, da, db, ds0."""
     (B, T, H, N), dtype = x[0].shape, x[0].dtype
-    grads = [guarded((B, T, H, N), F32 if name == "w" else dtype) for name in NAMES]
+    grads = [guarded((B, T, H, N), F32 if name == "w" else dtype) for name in NAMES[:6]]
     ds0 = guarded((B, H, N, N), F32) if want_ds0 else None
     assert call(cuda.wkv7_backward, x[0].shape, dtype, *x, kept, dy, dsT, *grads, ds0) == 0
     intact(*grads, ds0)
@@ -1054,24 +989,15 @@ def test_cuda_agrees_with_float64(cuda, B, T, H, N, dtype, decay, has, seed):
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 @pytest.mark.parametrize("N", [16, 32, 64, 128])
-def test_cuda_gives_the_same_bits_in_any_order_of_threads(cuda, N, dtype, monkeypatch):
-    x, s0, dy, dsT = cuda_inputs((1, 21 if N < 128 else 9, 2 if N < 128 else 1, N), dtype, "rwkv7", 5)
-    results = []
-    for order in ("0", "-1", "1", "2") if dtype == BF16 else ("0", "-1"):
+def test_cuda_gives_the_same_bits_in_any_order_of_threads(cuda, sm_75, N, dtype, monkeypatch):
+    """And by the copies of sm_75, which has no cp.async, as by those of sm_80."""
+    problem = cuda_inputs((1, 21 if N < 128 else 9, 2 if N < 128 else 1, N), dtype, "rwkv7", 5)
+    first, others = run_all(cuda, *problem), [run_all(sm_75, *problem)]
+    for order in ("-1", "1", "2") if dtype == BF16 else ("-1",):
         monkeypatch.setenv("CUDA_ON_CPU_ORDER", order)
-        results.append(run_all(cuda, x, s0, dy, dsT))
-    for other in results[1:]:
-        for name, found, first in zip(RESULTS, other, results[0], strict=True):
-            assert torch.equal(found, first), name
-
-
-def test_cuda_without_asynchronous_copies_gives_the_same_bits(cuda, tmp_path):
-    """The copies of sm_75, which has no cp.async, beside those of sm_80."""
-    sm_75 = open_cuda_on_cpu(tmp_path, "-DCUDA_ON_CPU_ARCH=75")
-    for N, dtype in itertools.product((16, 32, 64, 128), (F32, BF16, F16)):
-        problem = cuda_inputs((1, 21 if N < 128 else 9, 1, N), dtype, "edges", N)
-        for name, found, want in zip(RESULTS, run_all(sm_75, *problem), run_all(cuda, *problem), strict=True):
-            assert torch.equal(found, want), name
+        others.append(run_all(cuda, *problem))
+    for other in others:
+        assert all(map(torch.equal, other, first))
 
 
 @pytest.mark.parametrize("N", [32, 64, 128])
@@ -1091,7 +1017,7 @@ def test_cuda_overflows_in_float16_as_rounding_does(cuda, N):
         assert distance(y[finite], e[finite]) < (1e-3 if y.dtype == F16 else 2e-6), name
     dy[0, 7, 0, 3] = math.inf  # what a layer above has left of an overflow reaches every input that it depends on
     _, _, kept = cuda_forward(cuda, x, s0)
-    grads = [torch.zeros(x[0].shape, dtype=F32 if name == "w" else F16) for name in NAMES]
+    grads = [torch.zeros(x[0].shape, dtype=F32 if name == "w" else F16) for name in NAMES[:6]]
     assert call(cuda.wkv7_backward, x[0].shape, F16, *x, kept, dy, dsT, *grads, ds0 := torch.zeros_like(s0)) == 0
     assert not any(y.isfinite().all() for y in (*grads, ds0))
 
@@ -1122,9 +1048,7 @@ def test_cuda_refuses_what_it_cannot_do(cuda):
 
 def test_cuda_launches(cuda):
     """The stream that was given; shared memory for two blocks on an SM of sm_80 and sm_90 at N = 64, one of sm_75."""
-    stream, shared = (
-        kind.in_dll(cuda, name) for kind, name in ((ctypes.c_void_p, "last_stream"), (ctypes.c_size_t, "last_shared"))
-    )
+    stream, shared = ctypes.c_void_p.in_dll(cuda, "last_stream"), ctypes.c_size_t.in_dll(cuda, "last_shared")
     for dtype, N, most in ((F32, 16, 40), (BF16, 64, 64), (F32, 64, 64), (F32, 128, 64)):
         x, s0, dy, dsT = cuda_inputs((1, 1, 1, N), dtype, "one", 0)
         kept, grads = torch.zeros(1, 1, 1, N, N), [torch.empty(1, 1, 1, N) for _ in range(6)]
@@ -1141,23 +1065,10 @@ def test_cuda_compiles_without_spills(arch, tmp_path):
     """Of the sixteen kernels of float32 and bfloat16 those of N = 64 and 128: half the compile time."""
     source = re.sub(r"\n *case (16|32|2): .*", "", KERNEL.read_text())
     (tmp_path / "kernel.cu").write_text(source)
-    command = [
-        NVCC,
-        "-std=c++17",
-        f"-arch=sm_{arch}",
-        "-cubin",
-        "-Xptxas",
-        "-v",
-        "-o",
-        tmp_path / "kernel.cubin",
-        tmp_path / "kernel.cu",
-    ]
-    log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    kernels = re.findall(
-        r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
-        log,
-        re.S,
-    )
+    flags = ["-std=c++17", f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v", "-o", tmp_path / "kernel.cubin"]
+    compiled = subprocess.run([NVCC, *flags, tmp_path / "kernel.cu"], check=True, capture_output=True, text=True)
+    pattern = r"entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
+    kernels = re.findall(pattern, compiled.stderr, re.S)
     assert len(kernels) == 8
     for name, stores, loads, registers in kernels:
         assert (stores, loads) == ("0", "0"), name
