@@ -300,36 +300,39 @@ def spell(segments):
     return string
 
 
-TURNS = {
-    "world": "User: hi\n\nAssistant:[ hello\n\n]User: who?\n\nAssistant:[ me\n\n]",
-    "v1": "\x16User: hi\x17Assistant:[ hello\x17]User: who?\x17Assistant:[ me\x17]",
-    "v2": "\x16User: hi\x17\x16Assistant:[ hello\x17]\x16User: who?\x17\x16Assistant:[ me\x17]",
-    "v3": "\x16User:hi\x17\x16Assistant:[hello\x17]\x16User:who?\x17\x16Assistant:[me\x17]",
+SPELLED = {  # two turns, and a transcription task: a sound and nothing asked
+    "world": ("User: hi\n\nAssistant:[ hello\n\n]User: who?\n\nAssistant:[ me\n\n]", "<A>Assistant:[ yes\n\n]"),
+    "v1": ("\x16User: hi\x17Assistant:[ hello\x17]User: who?\x17Assistant:[ me\x17]", "<A>\x16Assistant:[ yes\x17]"),
+    "v2": (
+        "\x16User: hi\x17\x16Assistant:[ hello\x17]\x16User: who?\x17\x16Assistant:[ me\x17]",
+        "<A>\x16Assistant:[ yes\x17]",
+    ),
+    "v3": (
+        "\x16User:hi\x17\x16Assistant:[hello\x17]\x16User:who?\x17\x16Assistant:[me\x17]",
+        "<A>\x16Assistant:[yes\x17]",
+    ),
 }
-TRANSCRIPTS = {template: "<A>\x16Assistant:[ yes\x17]" for template in ("v1", "v2")}
-TRANSCRIPTS |= {"world": "<A>Assistant:[ yes\n\n]", "v3": "<A>\x16Assistant:[yes\x17]"}
 
 
-@pytest.mark.parametrize("template,want", TURNS.items())
-def test_templates(template, want):
-    """Against the turns spelled out; a transcription task, a sound and nothing asked, has no question."""
+@pytest.mark.parametrize("template", SPELLED)
+def test_templates(template):
+    """Against the turns spelled out, also where a chat goes on, and transcription in every prompt style."""
+    turns, transcript = SPELLED[template]
     config = dataclasses.replace(SMALL, template=template)
-    assert spell(conversation(config, [("hi", "hello"), ("who?", "me")], iter(()))) == want
-    later = conversation(config, [("who?", None)], iter(()), first=False)  # a chat that goes on
-    assert spell(later) == want.split("]")[1].split("[")[0]
+    assert spell(conversation(config, [("hi", "hello"), ("who?", "me")], iter(()))) == turns
+    later = conversation(config, [("who?", None)], iter(()), first=False)
+    assert spell(later) == turns.split("]")[1].split("[")[0]
     for style in PROMPT_STYLES:
-        config = dataclasses.replace(SMALL, template=template, prompt_style=style)
-        assert spell(conversation(config, [("<audio>\n", "yes")], iter([("audio", "A")]))) == TRANSCRIPTS[template]
+        config = dataclasses.replace(config, prompt_style=style)
+        assert spell(conversation(config, [("<audio>\n", "yes")], iter([("audio", "A")]))) == transcript
         assert "Why?" in spell(conversation(config, [("<audio>\nWhy?", "yes")], iter([("audio", "A")])))
 
 
 def test_whitespace_and_media_in_a_conversation(official):
     """Against the turns spelled out, and the end's own token in a tokenizer that has one of "。\\n" (28329)."""
-    turns = [("<image>\nWhat is this?", "A cat.")]
-    turns += [("And <image><image>\n\n \nits colour?  ", " black\n\n\nand white\n")]
-    want = "User: <A>\nWhat is this?\n\nAssistant:[ A cat.\n\n]"
-    want += "User: And <B><C>\nits colour?\n\nAssistant:[ black\nand white\n\n]"
-    assert spell(conversation(SMALL, turns, iter([("image", name) for name in "ABC"]))) == want
+    turns = [("And <image><image>\n\n \nits colour?  ", " black\n\n\nand white\n")]
+    want = "User: And <A><B>\nits colour?\n\nAssistant:[ black\nand white\n\n]"
+    assert spell(conversation(SMALL, turns, iter([("image", "A"), ("image", "B")]))) == want
     config = dataclasses.replace(SMALL, tokenizer=official[1])
     assert conversation(config, [("q", "好。")], iter(()))[-1][1][-1] == 261
 
@@ -1149,9 +1152,8 @@ def assert_logits_agree(ours, theirs, tokens):
 
 
 SHAPES = [(7, 1, 64, 64, (32, 32, 32, 32)), (7, 2, 128, 64, (64, 32, 16, 96)), (7, 3, 192, 64, (32, 48, 24, 64))]
-SHAPES += [(7, 3, 128, 32, (8, 16, 64, 40))] + [
-    (n, layers, C, 64, ()) for n in (5, 6) for layers, C in ((1, 64), (3, 128))
-]
+SHAPES += [(7, 3, 128, 32, (8, 16, 64, 40)), (5, 1, 64, 64, ()), (5, 3, 128, 64, ()), (6, 1, 64, 64, ())]
+SHAPES += [(6, 3, 128, 64, ())]
 
 
 @pytest.mark.parametrize("rwkv,n_layer,C,N,ranks", SHAPES)
@@ -1168,23 +1170,6 @@ def test_logits_and_states(official, official_before_7, tmp_path, rwkv, n_layer,
     for got, (i, layer) in itertools.product(states, enumerate(zip(*[iter(exact_state)] * 3))):
         for x, want in zip(got[i], layer):
             assert distance(x[0], want.mT if rwkv < 7 and want.dim() == 3 else want) < 1e-5
-
-
-def test_sizes_are_read_off_an_official_checkpoint(tmp_path):
-    """Config and tensors against those written, also where vectors are flat, as some converters leave them."""
-    weights = official_weights(3, 128, N=32, ranks=(8, 16, 24, 40))
-    torch.save(weights, tmp_path / "x.pth")
-    ours = load(tmp_path / "x.pth", tokenizer="bytes", template="v2")
-    sizes = dict(n_layer=3, n_embd=128, head_size=32)
-    assert ours.config == Config(**sizes, tokenizer="bytes", template="v2", image_encoder="none")
-    unused = {f"blocks.0.att.v{i}" for i in "012"}
-    assert set(ours.state_dict()) == set(weights) - unused
-    flat = {name: x.flatten() if x.dim() == 3 else x for name, x in weights.items() if name not in unused}
-    torch.save(flat, tmp_path / "flat.pth")
-    seeing = load(tmp_path / "flat.pth", image_encoder="patch", tokenizer="bytes")  # an encoder may be added
-    assert "image" in seeing.encoder
-    for name, x in ours.state_dict().items():
-        assert torch.equal(x, weights[name]) and torch.equal(x, seeing.state_dict()[name])
 
 
 @pytest.mark.parametrize("L,C,N,V", [(3, 128, 64, 260), (1, 16, 16, 8)])  # also V < C and rank > C
@@ -1419,18 +1404,15 @@ def test_log_mel_frames(n, frames):
 
 def test_pictures_are_those_that_a_viewer_shows(tmp_path):
     """Against the picture before it was stored turned (EXIF), or with a transparent colour; an EPS is no picture."""
-    image = noise(50, 40)
-    exif = Image.Exif()
+    image, exif = noise(50, 40), Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
-    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
-    assert np.array_equal(read_picture(tmp_path / "turned.png"), image)
-    Image.new("RGB", (5, 4)).save(tmp_path / "clear.png", transparency=(0, 0, 0))
-    assert np.asarray(read_picture(tmp_path / "clear.png")).min() == 255
-    image.save(tmp_path / "program.eps")
-    (tmp_path / "program.eps").rename(tmp_path / "program.png")
-    assert "PNG" in refusal(read_picture, tmp_path / "program.png")
-    Image.fromarray(np.ones((4, 5), np.float32)).save(tmp_path / "float.tif")
-    assert "save it with 8" in refusal(read_picture, tmp_path / "float.tif")
+    turned = stored(image.transpose(Image.Transpose.ROTATE_90), tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(read_picture(turned), image)
+    clear = stored(Image.new("RGB", (5, 4)), tmp_path / "clear.png", transparency=(0, 0, 0))
+    assert np.asarray(read_picture(clear)).min() == 255
+    assert "PNG" in refusal(read_picture, stored(image, tmp_path / "program.png", format="EPS"))
+    floats = stored(Image.fromarray(np.ones((4, 5), np.float32)), tmp_path / "float.tif")
+    assert "save it with 8" in refusal(read_picture, floats)
 
 
 @pytest.mark.parametrize("rate", [8000, 11025, 16000, 44100, 48000])
@@ -1448,15 +1430,21 @@ def test_sound_of_any_kind(tmp_path, rate, kind, channels):
     assert not lossless or np.abs(got[500:7500] - exact[500:7500]).max() < 1e-3
 
 
-@pytest.mark.parametrize("kind", ["wav", "flac", "ogg", "mp3", "aiff"])
-@pytest.mark.parametrize("part", [0.0, 0.01, 0.3, 0.9])
-def test_sound_that_is_cut_short(tmp_path, kind, part):
-    """An error that names the file, wherever its bytes end."""
-    path = tmp_path / f"x.{kind}"
-    soundfile.write(path, np.random.RandomState(0).randn(30000) / 10, 16000)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: int(part * len(whole))])
-    assert str(path) in refusal(read_sound, path, 16000)
+def test_sounds_that_cannot_be_read(tmp_path):
+    """Errors name the file, also wherever its bytes end."""
+    path, empty = tmp_path / "x.wav", tmp_path / "empty.wav"
+    path.write_bytes(b"no sound at all")
+    soundfile.write(empty, np.zeros(0), 16000)
+    errors = {tmp_path / "none.wav": "No such file", path: "not a sound", empty: "no sound", tmp_path: "Is a directory"}
+    for kind, part in itertools.product(("wav", "flac", "ogg", "mp3", "aiff"), (0.0, 0.01, 0.3, 0.9)):
+        path = tmp_path / f"{part}.{kind}"
+        soundfile.write(path, np.random.RandomState(0).randn(30000) / 10, 16000)
+        data = path.read_bytes()
+        path.write_bytes(data[: int(part * len(data))])
+        errors[path] = ""
+    for path, words in errors.items():
+        message = refusal(load_media, MelEncoder(Config()), path)
+        assert str(path) in message and words in message
 
 
 def test_sounds_with_odd_headers_and_channels(tmp_path):
@@ -1466,25 +1454,12 @@ def test_sounds_with_odd_headers_and_channels(tmp_path):
     data = (tmp_path / "x.wav").read_bytes()
     at = data.index(b"data") + 4
     for promised in (3200 + 44, 0x7FFFF000, 0xFFFFFFFF):  # the header itself, and streams
-        (tmp_path / "y.wav").write_bytes(data[:at] + promised.to_bytes(4, "little") + data[at + 4 :])
-        assert np.array_equal(read_sound(tmp_path / "y.wav", 16000), x)
+        size = promised.to_bytes(4, "little")
+        for start in (data[:at], data[:4] + size + data[8:at]):
+            (tmp_path / "y.wav").write_bytes(start + size + data[at + 4 :])
+            assert np.array_equal(read_sound(tmp_path / "y.wav", 16000), x)
     soundfile.write(tmp_path / "z.wav", np.stack([x, -x], 1), 16000, "FLOAT")
     assert np.array_equal(read_sound(tmp_path / "z.wav", 16000), x)
-
-
-def test_sound_that_cannot_be_read(tmp_path):
-    """Errors name the file; the header of a stream, which promises the largest length, is none."""
-    (tmp_path / "x.wav").write_bytes(b"no sound at all")
-    soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
-    errors = {"none.wav": "No such file", "x.wav": "not a sound", "empty.wav": "no sound", "": "Is a directory"}
-    for name, words in errors.items():
-        message = refusal(load_media, MelEncoder(Config()), tmp_path / name)
-        assert str(tmp_path / name) in message and words in message
-    soundfile.write(tmp_path / "s.wav", np.ones(500) / 2, 16000)
-    data = bytearray((tmp_path / "s.wav").read_bytes())
-    data[4:8] = data[40:44] = b"\xff\xff\xff\xff"
-    (tmp_path / "s.wav").write_bytes(data)
-    assert len(read_sound(tmp_path / "s.wav", 16000)) == 500
 
 
 @torch.no_grad()
@@ -1605,15 +1580,11 @@ def test_timer_is_loaded_and_frozen(tmp_path, monkeypatch):
     assert load(out / "ckpt.pt").forecast([[math.sin(i / 3) for i in range(60)]]).shape == (1, 8)
 
 
+LENGTH = st.integers(1, 60)
+
+
 @trials(60)
-@given(
-    st.integers(1, 60),
-    st.integers(1, 60),
-    st.floats(0, 1),
-    st.floats(-1e3, 1e3),
-    st.sampled_from([0, 1e-3, 1, 1e6]),
-    SEEDS,
-)
+@given(LENGTH, LENGTH, st.floats(0, 1), st.floats(-1e3, 1e3), st.sampled_from([0, 1e-3, 1, 1e6]), SEEDS)
 def test_normalise(n, known, gaps, level, size, seed):
     """Mean and deviation against numpy's, of a series with gaps; they undo it."""
     rng = np.random.RandomState(seed)
