@@ -300,24 +300,19 @@ def spell(segments):
     return string
 
 
-SPELLED = {  # two turns, and a transcription task: a sound and nothing asked
-    "world": ("User: hi\n\nAssistant:[ hello\n\n]User: who?\n\nAssistant:[ me\n\n]", "<A>Assistant:[ yes\n\n]"),
-    "v1": ("\x16User: hi\x17Assistant:[ hello\x17]User: who?\x17Assistant:[ me\x17]", "<A>\x16Assistant:[ yes\x17]"),
-    "v2": (
-        "\x16User: hi\x17\x16Assistant:[ hello\x17]\x16User: who?\x17\x16Assistant:[ me\x17]",
-        "<A>\x16Assistant:[ yes\x17]",
-    ),
-    "v3": (
-        "\x16User:hi\x17\x16Assistant:[hello\x17]\x16User:who?\x17\x16Assistant:[me\x17]",
-        "<A>\x16Assistant:[yes\x17]",
-    ),
+TURNS = {
+    "world": "User: hi\n\nAssistant:[ hello\n\n]User: who?\n\nAssistant:[ me\n\n]",
+    "v1": "\x16User: hi\x17Assistant:[ hello\x17]User: who?\x17Assistant:[ me\x17]",
+    "v2": "\x16User: hi\x17\x16Assistant:[ hello\x17]\x16User: who?\x17\x16Assistant:[ me\x17]",
+    "v3": "\x16User:hi\x17\x16Assistant:[hello\x17]\x16User:who?\x17\x16Assistant:[me\x17]",
 }
+TRANSCRIPTS = {"world": "Assistant:[ yes\n\n]", "v3": "\x16Assistant:[yes\x17]"}
 
 
-@pytest.mark.parametrize("template", SPELLED)
-def test_templates(template):
-    """Against the turns spelled out, also where a chat goes on, and transcription in every prompt style."""
-    turns, transcript = SPELLED[template]
+@pytest.mark.parametrize("template,turns", TURNS.items())
+def test_templates(template, turns):
+    """Against the turns spelled out, also where a chat goes on; a sound and nothing asked has no question."""
+    transcript = "<A>" + TRANSCRIPTS.get(template, "\x16Assistant:[ yes\x17]")
     config = dataclasses.replace(SMALL, template=template)
     assert spell(conversation(config, [("hi", "hello"), ("who?", "me")], iter(()))) == turns
     later = conversation(config, [("who?", None)], iter(()), first=False)
@@ -1336,22 +1331,46 @@ def test_patch_encoder():
         assert len(want) == encoder.length(image) and distance(got, torch.stack(want)) < 1e-5
 
 
+def layer(x, z, name):
+    return x @ z[f"{name}.weight"].T + z[f"{name}.bias"]
+
+
+def norm(y, z, name):
+    variance = y.var(1, correction=0, keepdim=True)
+    return (y - y.mean(1, keepdim=True)) / (variance + 1e-5).sqrt() * z[f"{name}.weight"] + z[f"{name}.bias"]
+
+
+def vision_adapter(z, x, first):
+    """ModRWKV's equation 4 as its code has it."""
+    y = layer(layer(x, z, f"{first}.0").clamp(min=0), z, f"{first}.2")
+    return y + norm(y, z, "pre_norm")
+
+
+def speech_adapter(z, x, first="proj"):
+    """A Conv1D of kernel 3, stride 2, then ModRWKV's mlp."""
+    x = torch.cat([torch.zeros(2, x.shape[1]), x, torch.zeros(2, x.shape[1])])
+    windows = [sum(z["conv.weight"][:, :, j] @ x[i + j] for j in range(3)) for i in range(0, len(x) - 2, 2)]
+    return layer(layer(torch.stack(windows) + z["conv.bias"], z, f"{first}.0").clamp(min=0), z, f"{first}.2")
+
+
+def gated_adapter(z, x):
+    """VisualRWKV 7.00's."""
+    return norm((x / (1 + (-x @ z["gate.weight"].T).exp())) @ z["o_proj.weight"].T, z, "ln_v")
+
+
 def plain_adapter(adapter, x):
-    """[1], equations 4 and 5, in numpy: what becomes of features x, and which of them each window ends on."""
-    z, x, speech = arrays(adapter), x.double().numpy(), isinstance(adapter, SpeechAdapter)
-    k, s = (3, 2) if speech else (adapter.kernel, adapter.stride)
-    ends = range(len(x))
+    """[1], equations 4 and 5: what becomes of features x, and which of them each window ends on."""
+    z, ends = dict(adapter.named_parameters()), range(len(x))
+    if isinstance(adapter, SpeechAdapter):
+        return speech_adapter(z, x, "mlp"), None
+    k, s = adapter.kernel, adapter.stride
     if k:
         left = (s - (len(x) - k) % s) % s if len(x) >= k else k - len(x)
-        x = np.pad(x, ((2, 2) if speech else (left, 0), (0, 0)))
+        x = F.pad(x, (0, 0, left, 0))
         starts = range(0, len(x) - k + 1, s)
-        x = np.stack([sum(z["conv.weight"][:, :, j] @ x[i + j] for j in range(k)) for i in starts])
-        x, ends = x + z.get("conv.bias", 0), [i + k - 1 - left for i in starts]
-    y = np.maximum(x @ z["mlp.0.weight"].T + z["mlp.0.bias"], 0) @ z["mlp.2.weight"].T + z["mlp.2.bias"]
-    if speech:
-        return y, None
-    norm = (y - y.mean(1, keepdims=True)) / np.sqrt(y.var(1, keepdims=True) + 1e-5)
-    return y + norm * z["pre_norm.weight"] + z["pre_norm.bias"], list(ends)
+        x = torch.stack([sum(z["conv.weight"][:, :, j] @ x[i + j] for j in range(k)) for i in starts])
+        ends = [i + k - 1 - left for i in starts]
+    return vision_adapter(z, x, "mlp"), list(ends)
 
 
 LENGTHS = {(3, 2): {577: 288, 576: 288, 720: 360}, (4, 3): {577: 192, 576: 192, 720: 240}, (0, 2): {577: 577}}
@@ -1739,12 +1758,13 @@ PLANS = st.lists(st.lists(st.tuples(KINDS, st.integers(1, 12)), min_size=1, max_
 
 def make_sample(plan, seed):
     """Segments of a plan [(kind, size)]."""
-    rng = np.random.RandomState(seed % 2**32)
+    rng, segments = np.random.RandomState(seed % 2**32), []
     media = {"image": picture, "audio": sound, "series": series}
-    return [
-        media[kind](rng.randint(2**31), n) if kind in media else (kind, rng.randint(0, 257, n).tolist())
-        for kind, n in plan
-    ]
+    for kind, n in plan:
+        segments.append(
+            media[kind](rng.randint(2**31), n) if kind in media else (kind, rng.randint(0, 257, n).tolist())
+        )
+    return segments
 
 
 @trials(20)
@@ -1818,11 +1838,11 @@ def test_operations_do_not_grow_with_the_batch(digits, capsys):
     assert len(samples) == 64 and counts == count(model, samples[:8])
     assert counts[0] <= 30 and counts[1] <= 160 and counts[2] <= 320
     model = ModRWKV(dataclasses.replace(SMALL, scan="multi", n_layer=4))
-    mixed = [
-        [picture(i, 1 + i % 5), sound(i, 9 + i), series(i, 5 + i), text("a" * i), ("answer", [20] * (1 + i))]
-        for i in range(16)
-    ]
-    mixed += [model.window(torch.arange(90).double().sin(), random.Random(i)) for i in range(4)]
+    plans = (
+        [("image", 1 + i % 5), ("audio", 9 + i), ("series", 5 + i), ("text", i), ("answer", 1 + i)] for i in range(16)
+    )
+    mixed = [make_sample(plan, i) for i, plan in enumerate(plans)]
+    mixed += [model.window(walk(90), random.Random(i)) for i in range(4)]
     assert count(model, mixed) == count(model, mixed[-7:])
 
 
@@ -1974,20 +1994,18 @@ def test_scan_by_layers(rwkv, scan):
 
 SHORT = "Answer the question using a single word or phrase."
 LOOK = ["Look:\n<image>\nWhat is it?", "Which colour?"]
+ARRANGED = [
+    ("written", LOOK, "Look:\n<image>\nWhat is it?"),
+    ("first", LOOK, "<image>\nLook:\nWhat is it?"),
+    ("last", LOOK, "Look:\nWhat is it?\n<image>"),
+    ("sandwich", LOOK, "Look:\nWhat is it?\nWhich colour?\n<image>\nLook:\nWhat is it?"),
+    ("sandwich", [f"<image>\nSame as <image>?\n{SHORT}"], f"Same as ?\n<image>\n<image>\nSame as ?\n{SHORT}"),
+    ("first", ["Same as <image> or <image>?"], "<image>\n<image>\nSame as  or ?"),
+    ("sandwich", ["No picture?"], "No picture?"),
+]
 
 
-@pytest.mark.parametrize(
-    "style,questions,want",
-    [
-        ("written", LOOK, "Look:\n<image>\nWhat is it?"),
-        ("first", LOOK, "<image>\nLook:\nWhat is it?"),
-        ("last", LOOK, "Look:\nWhat is it?\n<image>"),
-        ("sandwich", LOOK, "Look:\nWhat is it?\nWhich colour?\n<image>\nLook:\nWhat is it?"),
-        ("sandwich", [f"<image>\nSame as <image>?\n{SHORT}"], f"Same as ?\n<image>\n<image>\nSame as ?\n{SHORT}"),
-        ("first", ["Same as <image> or <image>?"], "<image>\n<image>\nSame as  or ?"),
-        ("sandwich", ["No picture?"], "No picture?"),
-    ],
-)
+@pytest.mark.parametrize("style,questions,want", ARRANGED)
 def test_prompt_styles(style, questions, want):
     """Against the first question spelled out; those after it stay as they are."""
     config, media = dataclasses.replace(SMALL, prompt_style=style), iter([picture(0), picture(1)])
@@ -2118,11 +2136,10 @@ def test_a_checkpoint_of_an_earlier_version_loads_and_resumes(tmp_path, monkeypa
 
 FULL = OSError(28, "No space left on device")
 UNOPENED = RuntimeError("enforce fail: file not opened")  # torch's
+FAILURES = [("os.fsync", FULL), ("torch.save", FULL), ("torch.save", UNOPENED), ("os.replace", FULL)]
 
 
-@pytest.mark.parametrize(
-    "broken,error", [("os.fsync", FULL), ("torch.save", FULL), ("torch.save", UNOPENED), ("os.replace", FULL)]
-)
+@pytest.mark.parametrize("broken,error", FAILURES)
 def test_a_failing_save_leaves_what_was_there(checkpoint, monkeypatch, broken, error):
     """The folder's bytes before and after."""
     path, model = checkpoint
@@ -2213,33 +2230,6 @@ def under(prefix, z):
 def ones(*names):
     """Tensors of an encoder, which are left out."""
     return {name: torch.ones(2) for name in names}
-
-
-def layer(x, z, name):
-    return x @ z[f"{name}.weight"].T + z[f"{name}.bias"]
-
-
-def norm(y, z, name):
-    variance = y.var(1, correction=0, keepdim=True)
-    return (y - y.mean(1, keepdim=True)) / (variance + 1e-5).sqrt() * z[f"{name}.weight"] + z[f"{name}.bias"]
-
-
-def vision_adapter(z, x, first):
-    """ModRWKV's equation 3 as its code has it."""
-    y = layer(layer(x, z, f"{first}.0").clamp(min=0), z, f"{first}.2")
-    return y + norm(y, z, "pre_norm")
-
-
-def speech_adapter(z, x):
-    """A Conv1D of kernel 3, stride 2, then ModRWKV's mlp."""
-    x = torch.cat([torch.zeros(2, x.shape[1]), x, torch.zeros(2, x.shape[1])])
-    windows = [sum(z["conv.weight"][:, :, j] @ x[i + j] for j in range(3)) for i in range(0, len(x) - 2, 2)]
-    return layer(layer(torch.stack(windows) + z["conv.bias"], z, "proj.0").clamp(min=0), z, "proj.2")
-
-
-def gated_adapter(z, x):
-    """VisualRWKV 7.00's."""
-    return norm((x / (1 + (-x @ z["gate.weight"].T).exp())) @ z["o_proj.weight"].T, z, "ln_v")
 
 
 # fmt: off
