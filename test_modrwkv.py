@@ -417,22 +417,9 @@ F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float1
 needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("T", [1, 9, 100])
-@pytest.mark.parametrize("with_state", [True, False])
-@pytest.mark.parametrize("infinite", [False, True])
-def test_wkv7_is_the_formula(method, T, with_state, infinite):
-    rng = np.random.RandomState(0)
-    r, k, v, a, b = rng.randn(5, 2, T, 3, 4) / 2
-    w, S = -0.6 * rng.rand(2, T, 3, 4), rng.randn(2, 3, 4, 4) * with_state
-    w[0, T // 2, 1, 2] = -np.inf if infinite else 0
-    exact = formula(r, w, k, v, a, b, S)
-    got = method(*map(torch.from_numpy, (r, w, k, v, a, b)), torch.from_numpy(S) if with_state else None)
-    for x, y in zip(got, exact):
-        assert distance(x, y) < 1e-12
-
-
-def wkv7_inputs(T, N, fastest=0.6, mixed=True, transition=1, with_state=True, seed=1, scale=1.0, infinite=0.0, H=2):
+def wkv7_inputs(
+    T, N, fastest=0.6, mixed=True, transition=1, with_state=True, seed=1, scale=1.0, infinite=0.0, B=1, H=2
+):
     """[r, w, k, v, a, b(, state)], none contiguous: decays -fastest, or mixed: log-uniform from 1e-6 to fastest; a
     share infinite."""
     g = torch.Generator().manual_seed(seed)
@@ -441,13 +428,13 @@ def wkv7_inputs(T, N, fastest=0.6, mixed=True, transition=1, with_state=True, se
         return torch.randn(*shape, generator=g, dtype=F64).mT
 
     def uniform():
-        return torch.rand(1, T, N, H, generator=g, dtype=F64).mT
+        return torch.rand(B, T, N, H, generator=g, dtype=F64).mT
 
-    r, k, v = (scale * normal(1, T, N, H) for _ in range(3))
+    r, k, v = (scale * normal(B, T, N, H) for _ in range(3))
     w = -(1e-6 * (max(fastest, 1e-6) / 1e-6) ** uniform()) if mixed else torch.full_like(r, -fastest)
     w[uniform() < infinite] = -math.inf
-    kk, rate = F.normalize(normal(1, T, N, H), dim=-1) * transition, uniform()
-    state = [scale**2 * normal(1, H, N, N)] if with_state else []
+    kk, rate = F.normalize(normal(B, T, N, H), dim=-1) * transition, uniform()
+    state = [scale**2 * normal(B, H, N, N)] if with_state else []
     return [x.float() for x in [r, w, k, v, -kk, kk * rate, *state]]
 
 
@@ -462,8 +449,10 @@ def run_wkv7(function, inputs, dtype=None, used=(0, 1), device="cpu", weights=No
 
 
 def assert_wkv7_exact(inputs, used=(0, 1), device="cpu"):
-    """Against float64 autograd of the loop: gradients of both ways, and the kernel's way without gradients."""
+    """The loop in float64 against the formula; against its autograd the two other ways, and the kernel's without."""
     exact, N = run_wkv7(modrwkv.wkv7_loop, inputs, F64, used), inputs[0].shape[-1]
+    *six, S = [x.double().numpy() for x in (*inputs, torch.zeros(exact[1].shape))][:7]
+    assert max(map(distance, exact, formula(*six, S))) < 1e-12
     kernel = 2e-6 if N in (16, 32, 64, 128) and modrwkv.has_kernel(device) else 1e-5
     chunked, wkv7 = modrwkv.wkv7_chunked, modrwkv.wkv7
     for function, dtype, tolerance in (
@@ -480,13 +469,14 @@ def assert_wkv7_exact(inputs, used=(0, 1), device="cpu"):
     assert all(distance(x, y) <= kernel for x, y in zip(got, exact))
 
 
-ANCHOR = dict(T=40, N=16, exponent=math.log10(0.6065), mixed=True, transition=1, with_state=True, scale=1.0)
+ANCHOR = dict(B=1, T=40, N=16, exponent=math.log10(0.6065), mixed=True, transition=1, with_state=True, scale=1.0)
 ANCHOR |= dict(infinite=0, used=(0, 1), seed=1)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @trials(70)
 @given(
+    B=st.integers(1, 2),
     T=st.one_of(st.integers(1, 4), st.integers(1, 130)),
     N=st.sampled_from([16, 32, 48, 64, 128]),
     exponent=st.floats(-6, math.log10(60)),
@@ -525,6 +515,7 @@ def test_wkv7_is_exact_at_every_decay(fastest, T):
 )
 @example(name="w", shape=(1, 5, 2, 16), dtype=F32, device="cpu", method=modrwkv.wkv7)  # fewer steps
 @example(name="k", shape=(1, 9, 1, 16), dtype=F32, device="cpu", method=modrwkv.wkv7)  # fewer heads
+@example(name="v", shape=(2, 9, 2, 16), dtype=F32, device="cpu", method=modrwkv.wkv7)  # more samples
 @example(name="state", shape=(1, 16, 16), dtype=F32, device="cpu", method=modrwkv.wkv7_chunked)
 @example(name="r", shape=(1, 9, 2, 8), dtype=F32, device="cpu", method=modrwkv.wkv7_loop)
 def test_wkv7_refuses_tensors_that_do_not_fit(name, shape, dtype, device, method):
@@ -727,7 +718,7 @@ def test_kernel_that_was_damaged_is_compiled_again(tmp_path, monkeypatch, capsys
     assert ctypes.CDLL(compile()).answer() == 42 and list(tmp_path.glob("modrwkv/*")) == [path]
 
 
-CACHES = "no home", "empty home", "relative", "anyone writes", "a link", "a file", "read only"
+CACHES = "no home", "relative", "anyone writes", "a link", "a file", "read only"
 
 
 @pytest.mark.parametrize("case", CACHES)
@@ -739,10 +730,8 @@ def test_kernel_cache_is_the_users_alone(tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    if case in ("no home", "empty home"):
-        monkeypatch.delenv("XDG_CACHE_HOME")
-        monkeypatch.setenv("HOME", "")
     if case == "no home":
+        monkeypatch.delenv("XDG_CACHE_HOME")
         monkeypatch.delenv("HOME")
     if case == "relative":
         monkeypatch.setenv("XDG_CACHE_HOME", "cache")
@@ -972,12 +961,13 @@ def test_cuda_agrees_with_float64(cuda, B, T, H, N, dtype, decay, has, seed):
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 @pytest.mark.parametrize("N", [16, 32, 64, 128])
 def test_cuda_gives_the_same_bits_in_any_order_of_threads(cuda, sm_75, N, dtype, monkeypatch):
-    """And by the copies of sm_75, which has no cp.async, as by those of sm_80."""
+    """By the copies of sm_75, which has no cp.async, as by those of sm_80, and without states for a backward pass."""
     problem = cuda_inputs((1, 21 if N < 128 else 9, 2 if N < 128 else 1, N), dtype, "rwkv7", 5)
     first, others = run_all(cuda, *problem), [run_all(sm_75, *problem)]
     for order in ("-1", "1", "2") if dtype == BF16 else ("-1",):
         monkeypatch.setenv("CUDA_ON_CPU_ORDER", order)
         others.append(run_all(cuda, *problem))
+    others.append(cuda_forward(cuda, *problem[:2], keep=False)[:2])
     for other in others:
         assert all(map(torch.equal, other, first))
 
@@ -1003,20 +993,6 @@ def test_cuda_overflows_in_float16_as_rounding_does(cuda, N):
     grads = [torch.zeros(x[0].shape, dtype=F32 if name == "w" else F16) for name in NAMES[:6]]
     assert call(cuda.wkv7_backward, x[0].shape, F16, *x, kept, dy, dsT, *grads, ds0 := torch.zeros_like(s0)) == 0
     assert not any(y.isfinite().all() for y in (*grads, ds0))
-
-
-def test_cuda_forward_alone_and_split(cuda):
-    x, s0, dy, dsT = cuda_inputs((2, 45, 1, 64), F32, "rwkv7", 7)
-    whole, sT, _ = cuda_forward(cuda, x, s0, keep=False)
-    first = [into_guarded(t[:, :18], F32) for t in x]
-    second = [into_guarded(t[:, 18:], F32) for t in x]
-    y1, s1, kept1 = cuda_forward(cuda, first, s0)
-    y2, s2, kept2 = cuda_forward(cuda, second, s1)
-    assert torch.equal(torch.cat([y1, y2], 1), whole) and torch.equal(s2, sT)
-    grads2 = cuda_backward(cuda, second, kept2, into_guarded(dy[:, 18:], F32), dsT)
-    grads1 = cuda_backward(cuda, first, kept1, into_guarded(dy[:, :18], F32), grads2[-1])
-    both = [torch.cat(pair, 1) for pair in zip(grads1[:-1], grads2[:-1])]
-    check((whole, sT, *both, grads1[-1]), x, s0, dy, dsT)
 
 
 def test_cuda_refuses_what_it_cannot_do(cuda):
@@ -1249,19 +1225,6 @@ def test_picture_of_any_mode(tmp_path, mode, trim):
     assert got.float().std() > 20
 
 
-def test_transparent_pixels_are_white(tmp_path):
-    """Against alpha blending in numpy, which PIL rounds in its own way, and of a palette its transparent colour."""
-    rgba = pixels(0, 32, 64, 4)
-    alpha = rgba[..., 3:] / 255
-    got = load_media(WHOLE, stored(Image.fromarray(rgba, "RGBA"), tmp_path / "x.png")).permute(1, 2, 0).numpy()
-    assert abs(got - (rgba[..., :3] * alpha + 255 * (1 - alpha))).max() <= 1
-    palette = Image.new("P", (32, 32), 0)
-    palette.putpalette([0, 0, 0, 250, 0, 0])
-    palette.paste(1, (8, 8, 24, 24))
-    got = load_media(WHOLE, stored(palette, tmp_path / "p.png", transparency=0))
-    assert got[:, 0, 0].tolist() == [255, 255, 255] and got[:, 16, 16].tolist() == [250, 0, 0]
-
-
 @pytest.mark.parametrize("trim", [True, False])
 @pytest.mark.parametrize("patch_width", [4, 12, 32])
 def test_picture_of_any_size(patch_width, trim):
@@ -1407,13 +1370,22 @@ def test_log_mel_frames(n, frames):
 
 
 def test_pictures_are_those_that_a_viewer_shows(tmp_path):
-    """Against the picture before it was stored turned (EXIF), or with a transparent colour; an EPS is no picture."""
+    """Against the picture before it was stored turned (EXIF), alpha blending in numpy, which PIL rounds in its own way,
+    and white for transparent colours; an EPS is no picture."""
     image, exif = noise(50, 40), Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
     turned = stored(image.transpose(Image.Transpose.ROTATE_90), tmp_path / "turned.png", exif=exif)
     assert np.array_equal(read_picture(turned), image)
-    clear = stored(Image.new("RGB", (5, 4)), tmp_path / "clear.png", transparency=(0, 0, 0))
-    assert np.asarray(read_picture(clear)).min() == 255
+    rgba = pixels(0, 32, 64, 4)
+    alpha = rgba[..., 3:] / 255
+    got = np.asarray(read_picture(stored(Image.fromarray(rgba, "RGBA"), tmp_path / "rgba.png")))
+    assert abs(got - (rgba[..., :3] * alpha + 255 * (1 - alpha))).max() <= 1
+    palette = Image.new("P", (5, 4))
+    palette.putpalette([0, 0, 0, 250, 0, 0])
+    palette.putpixel((0, 0), 1)
+    for clear, colour in ((palette, 0), (palette.convert("RGB"), (0, 0, 0))):
+        got = np.asarray(read_picture(stored(clear, tmp_path / "clear.png", transparency=colour)))
+        assert got[0, 0].tolist() == [250, 0, 0] and got[1:].min() == 255
     assert "PNG" in refusal(read_picture, stored(image, tmp_path / "program.png", format="EPS"))
     floats = stored(Image.fromarray(np.ones((4, 5), np.float32)), tmp_path / "float.tif")
     assert "save it with 8" in refusal(read_picture, floats)
@@ -1938,11 +1910,7 @@ def test_sampling_distribution(how, want):
 
 
 def test_scan_orders_of_a_grid():
-    """Against numpy's transpose of 3 rows of 4, and by hand where windows end on some patches only."""
-    span = range(10, 22)
-    forward, backward, down, up = map(list, modrwkv.scan(span, range(12), 4))
-    assert forward == list(span) and backward == forward[::-1] and up == down[::-1]
-    assert down == np.arange(10, 22).reshape(3, 4).T.flatten().tolist()
+    """By hand where windows end on some patches only; where on each, test_scan_by_layers looks."""
     ends = [1, 3, 5, 7, 9, 11]  # the second and last column of each row
     assert list(modrwkv.scan(range(6), ends, 4)[2]) == [0, 2, 4, 1, 3, 5]
     assert list(modrwkv.scan(range(4), range(4), 4)[2]) == [0, 1, 2, 3]  # one row: down is forward
