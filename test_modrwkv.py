@@ -46,7 +46,6 @@ import torch.utils.checkpoint
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -501,6 +500,7 @@ def test_wkv7_is_exact_with_its_gradients(device, used, exponent, **problem):
 @pytest.mark.parametrize("fastest", [1e-6, 0.3, 0.6065, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.5, 7.6, 20.0, 60.0])
 @pytest.mark.parametrize("T", [8, 20, 64])
 def test_wkv7_is_exact_at_every_decay(fastest, T):
+    """By the loop where they are fast, else in chunks."""
     for transition, with_state, scale in itertools.product((1, 0), (True, False), (1, 1e-6)):
         assert_wkv7_exact(wkv7_inputs(T, 16, fastest, False, transition, with_state, T, scale))
 
@@ -620,17 +620,18 @@ def test_wkv7_rounds_half_precision_once(device, dtype, autocast, T, N):
 
 @needs_compiler
 @pytest.mark.parametrize("T", [1, 32, 45])
-def test_kernel_writes_all_it_returns(monkeypatch, T):
+@pytest.mark.parametrize("used", [(0, 1), (0,), (1,)])
+def test_kernel_writes_all_it_returns(monkeypatch, T, used):
     """Tensors that torch makes empty are full of NaN."""
     inputs = wkv7_inputs(T, 16, with_state=False)
-    want, empty = run_wkv7(modrwkv.wkv7, inputs), torch.empty_like
+    want, empty = run_wkv7(modrwkv.wkv7, inputs, used=used), torch.empty_like
 
     def new_empty(self, *shape, **how):
         return self.new_full(shape if len(shape) > 1 else shape[0], math.nan, **how)
 
     monkeypatch.setattr(torch, "empty_like", lambda *args, **how: empty(*args, **how).fill_(math.nan))
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-    assert all(map(torch.equal, run_wkv7(modrwkv.wkv7, inputs), want))
+    assert all(map(torch.equal, run_wkv7(modrwkv.wkv7, inputs, used=used), want))
 
 
 @needs_compiler
@@ -675,17 +676,6 @@ def test_kernel_as_an_operator_of_torch(device, with_state):
     *six, state = [x.to(device).contiguous().requires_grad_() for x in wkv7_inputs(40, 16, seed=4)]
     checks = torch.library.opcheck(modrwkv.wkv7_kernel, (*six, state if with_state else None, True))
     assert set(checks.values()) == {"SUCCESS"}
-
-
-@needs_compiler
-def test_kernel_compiles_once_for_all_lengths():
-    """torch.compile: one graph, made twice at most; the values are the loop's."""
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(modrwkv.wkv7, fullgraph=True, dynamic=True, backend=counter)
-    for T in (17, 40, 77, 200):
-        inputs = wkv7_inputs(T, 16, with_state=False, seed=T)
-        assert max(map(distance, run_wkv7(compiled, inputs), run_wkv7(modrwkv.wkv7_loop, inputs))) < 1e-5
-    assert counter.frame_count <= 2
 
 
 RECURRENCE = """
@@ -888,10 +878,6 @@ def cuda_backward(cuda, x, kept, dy, dsT=None, want_ds0=True):
     return *grads, ds0
 
 
-def into_guarded(x, dtype):
-    return guarded(x.shape, dtype).copy_(x)
-
-
 def cuda_inputs(shape, dtype, decay, seed, removal=True):
     """r, w, k, v, a, b, s0, dy, dsT as RWKV-7 has them: a = -kk, b = kk * rate with kk of unit length, or both 0."""
     B, T, H, N = shape
@@ -907,9 +893,9 @@ def cuda_inputs(shape, dtype, decay, seed, removal=True):
     }.get(decay)
     w = torch.full(shape, decay) if w is None else w
     s0, dsT = torch.randn(2, B, H, N, N, generator=g)
-    x = [into_guarded(t, dtype) for t in (r, w, k, v, -kk * removal, kk * rate * removal)]
-    x[1] = into_guarded(w, F32)
-    return x, into_guarded(s0, F32), into_guarded(dy, dtype), into_guarded(dsT, F32)
+    tensors = [(t, dtype) for t in (r, k, v, -kk * removal, kk * rate * removal, dy)] + [(t, F32) for t in (w, s0, dsT)]
+    r, k, v, a, b, dy, w, s0, dsT = (guarded(t.shape, dtype).copy_(t) for t, dtype in tensors)
+    return [r, w, k, v, a, b], s0, dy, dsT
 
 
 def check(found, x, s0, dy, dsT):
@@ -996,6 +982,7 @@ def test_cuda_overflows_in_float16_as_rounding_does(cuda, N):
 
 
 def test_cuda_refuses_what_it_cannot_do(cuda):
+    """With CUDA's own numbers of errors: an unknown head size, no steps, pointers that are not aligned."""
     x, s0, dy, dsT = cuda_inputs((1, 2, 1, 16), F32, "one", 0)
     y, sT, kept = cuda_forward(cuda, x, s0)
     assert call(cuda.wkv7_forward, (0, 1, 1, 16), F32, *[None] * 10) == 0  # nothing to do
@@ -1530,7 +1517,7 @@ def test_timer():
 
 
 def test_timer_is_loaded_and_frozen(tmp_path, monkeypatch):
-    """Its weights after training against those of the file; errors name what is missing or too much."""
+    """Its weights after training against those of the file; errors name the flag, the file, or what is too much."""
     from safetensors.torch import save_file
 
     monkeypatch.setitem(modrwkv.ENCODERS["series"], "timer", TinyTimer)
@@ -1543,8 +1530,6 @@ def test_timer_is_loaded_and_frozen(tmp_path, monkeypatch):
     weights = {name: x.contiguous() for name, x in randomise(TinyTimer(Config()), 5).state_dict().items()}
     save_file(weights | {"more": torch.zeros(1)}, tmp_path / "x.safetensors")
     assert "more is not expected" in refusal(learn, out, (data, data), *flags)
-    save_file({name: x for name, x in weights.items() if name != "model.norm.bias"}, tmp_path / "x.safetensors")
-    assert "model.norm.bias is missing" in refusal(learn, out, (data, data), *flags)
     save_file(weights, tmp_path / "x.safetensors")
     learn(out, (data, data), *flags)
     after = kept(out)
@@ -1694,8 +1679,7 @@ def test_forecast_units(model):
 
 
 def assert_state_equal(got, want):
-    assert len(got) == len(want)
-    for x, y in zip(itertools.chain(*got), itertools.chain(*want)):
+    for x, y in zip(itertools.chain(*got), itertools.chain(*want), strict=True):
         assert distance(x, y) < 1e-6
 
 
@@ -1768,7 +1752,7 @@ def test_gradients_of_a_batch(model, plans, seed):
 
 
 @pytest.mark.skipif(not modrwkv.has_kernel("cpu"), reason="the recurrence without kernel.cu takes more, by length")
-def test_operations_do_not_grow_with_the_batch(digits, capsys):
+def test_operations_do_not_grow_with_the_batch(digits):
     """A large batch's counts against a small one's, of data/digits and of all media; none waits for a GPU."""
 
     def count(model, samples):
@@ -1786,8 +1770,6 @@ def test_operations_do_not_grow_with_the_batch(digits, capsys):
     model = ModRWKV(Config())
     samples = [record_sample(model, record) for record in read_records(digits / "train.jsonl")[:64]]
     counts = count(model, samples)
-    with capsys.disabled():
-        print("\noperations at batch 64: {} in fuse, {} forward, {} backward".format(*counts))
     assert len(samples) == 64 and counts == count(model, samples[:8])
     assert counts[0] <= 30 and counts[1] <= 160 and counts[2] <= 320
     model = ModRWKV(dataclasses.replace(SMALL, scan="multi", n_layer=4))
@@ -1797,18 +1779,6 @@ def test_operations_do_not_grow_with_the_batch(digits, capsys):
     mixed = [make_sample(plan, i) for i, plan in enumerate(plans)]
     mixed += [model.window(walk(90), random.Random(i)) for i in range(4)]
     assert count(model, mixed) == count(model, mixed[-7:])
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-5), (torch.bfloat16, 0.03)])
-def test_precision(dtype, tolerance):
-    """Logits against those in float32; the state stays in float32 at least."""
-    segments = [text("what is this?"), picture(1), text(" Assistant:")]
-    model = randomise(ModRWKV(SMALL))
-    exact = model([segments])[0]
-    got, state = model.to(dtype)([segments])
-    assert got.dtype == dtype and distance(got, exact) < tolerance
-    assert all(S.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) for _, S, _ in state)
 
 
 def answer(model, segments, state=None, **how):
