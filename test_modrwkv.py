@@ -46,7 +46,6 @@ import torch.utils.checkpoint
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -77,27 +76,10 @@ from data.media import (
     read_table,
     write_features,
 )
-from data.records import (
-    held_out_samples,
-    read_records,
-    record_media,
-    record_sample,
-    record_turns,
-)
+from data.records import held_out_samples, read_records, record_media, record_sample, record_turns
 from data.released import load, read_checkpoint
 from data.text import PROMPT_STYLES, SHORT_ANSWER, TEMPLATES, conversation, get_tokenizer
-from modrwkv import (
-    Adapter,
-    Config,
-    InputError,
-    MelEncoder,
-    ModRWKV,
-    PatchEncoder,
-    SpeechAdapter,
-    Timer,
-    WaveNet,
-    save,
-)
+from modrwkv import Adapter, Config, InputError, MelEncoder, ModRWKV, PatchEncoder, SpeechAdapter, Timer, WaveNet, save
 
 torch.set_num_threads(1)
 REPO = Path(modrwkv.__file__).resolve().parent
@@ -130,16 +112,7 @@ def randomise(model, seed=0):
     return model.eval()
 
 
-SMALL = Config(
-    n_layer=2,
-    n_embd=64,
-    head_size=32,
-    patch_width=8,
-    encoder_width=48,
-    conv_kernel=3,
-    conv_stride=2,
-    audio_encoder="mel",
-)
+SMALL = Config(n_layer=2, n_embd=64, head_size=32, patch_width=8, encoder_width=48, conv_kernel=3, audio_encoder="mel")
 SMALL = dataclasses.replace(SMALL, series_encoder="wavenet", series_kernel=6, series_stride=4, lookback=48, horizon=12)
 
 
@@ -149,11 +122,8 @@ def model():
     return randomise(ModRWKV(SMALL)).double()
 
 
-MARKS = {
-    257: b"\n\n",
-    258: b"User:",
-    259: b"Assistant:",
-}  # the tokens of the tokenizer "bytes" that are more than a byte
+# the tokens of the tokenizer "bytes" that are more than a byte
+MARKS = {257: b"\n\n", 258: b"User:", 259: b"Assistant:"}
 
 
 def codes(string):
@@ -184,17 +154,11 @@ def adapted(adapter, xs):
 
 
 def sound(seed, frames=30):
-    return (
-        "audio",
-        torch.from_numpy(np.random.RandomState(seed).randn(80, frames).astype(np.float32)),
-    )
+    return "audio", torch.from_numpy(np.random.RandomState(seed).randn(80, frames).astype(np.float32))
 
 
 def series(seed, points=30):
-    return (
-        "series",
-        modrwkv.normalise(torch.from_numpy(np.random.RandomState(seed).randn(points)))[0],
-    )
+    return "series", modrwkv.normalise(torch.from_numpy(np.random.RandomState(seed).randn(points)))[0]
 
 
 def noise(width, height):
@@ -208,9 +172,8 @@ def stored(image, path, **how):
 
 def talk(*values, **more):
     """A record: questions and answers by turns."""
-    return more | {
-        "conversations": [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
-    }
+    turns = [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
+    return more | {"conversations": turns}
 
 
 def refusal(function, *args, **more):
@@ -348,30 +311,28 @@ TURNS = {
     "v2": "\x16User: hi\x17\x16Assistant:[ hello\x17]\x16User: who?\x17\x16Assistant:[ me\x17]",
     "v3": "\x16User:hi\x17\x16Assistant:[hello\x17]\x16User:who?\x17\x16Assistant:[me\x17]",
 }
-TRANSCRIPTS = {template: "<A>\x16Assistant:[ yes\x17]" for template in ("v1", "v2")}
-TRANSCRIPTS |= {"world": "<A>Assistant:[ yes\n\n]", "v3": "<A>\x16Assistant:[yes\x17]"}
+TRANSCRIPTS = {"world": "Assistant:[ yes\n\n]", "v3": "\x16Assistant:[yes\x17]"}
 
 
-@pytest.mark.parametrize("template,want", TURNS.items())
-def test_templates(template, want):
-    """Against the turns spelled out; a transcription task, a sound and nothing asked, has no question."""
+@pytest.mark.parametrize("template,turns", TURNS.items())
+def test_templates(template, turns):
+    """Against the turns spelled out, also where a chat goes on; a sound and nothing asked has no question."""
+    transcript = "<A>" + TRANSCRIPTS.get(template, "\x16Assistant:[ yes\x17]")
     config = dataclasses.replace(SMALL, template=template)
-    assert spell(conversation(config, [("hi", "hello"), ("who?", "me")], iter(()))) == want
-    later = conversation(config, [("who?", None)], iter(()), first=False)  # a chat that goes on
-    assert spell(later) == want.split("]")[1].split("[")[0]
+    assert spell(conversation(config, [("hi", "hello"), ("who?", "me")], iter(()))) == turns
+    later = conversation(config, [("who?", None)], iter(()), first=False)
+    assert spell(later) == turns.split("]")[1].split("[")[0]
     for style in PROMPT_STYLES:
-        config = dataclasses.replace(SMALL, template=template, prompt_style=style)
-        assert spell(conversation(config, [("<audio>\n", "yes")], iter([("audio", "A")]))) == TRANSCRIPTS[template]
+        config = dataclasses.replace(config, prompt_style=style)
+        assert spell(conversation(config, [("<audio>\n", "yes")], iter([("audio", "A")]))) == transcript
         assert "Why?" in spell(conversation(config, [("<audio>\nWhy?", "yes")], iter([("audio", "A")])))
 
 
 def test_whitespace_and_media_in_a_conversation(official):
     """Against the turns spelled out, and the end's own token in a tokenizer that has one of "。\\n" (28329)."""
-    turns = [("<image>\nWhat is this?", "A cat.")]
-    turns += [("And <image><image>\n\n \nits colour?  ", " black\n\n\nand white\n")]
-    want = "User: <A>\nWhat is this?\n\nAssistant:[ A cat.\n\n]"
-    want += "User: And <B><C>\nits colour?\n\nAssistant:[ black\nand white\n\n]"
-    assert spell(conversation(SMALL, turns, iter([("image", name) for name in "ABC"]))) == want
+    turns = [("And <image><image>\n\n \nits colour?  ", " black\n\n\nand white\n")]
+    want = "User: And <A><B>\nits colour?\n\nAssistant:[ black\nand white\n\n]"
+    assert spell(conversation(SMALL, turns, iter([("image", "A"), ("image", "B")]))) == want
     config = dataclasses.replace(SMALL, tokenizer=official[1])
     assert conversation(config, [("q", "好。")], iter(()))[-1][1][-1] == 261
 
@@ -454,67 +415,75 @@ def formula(r, w, k, v, a, b, S):
     return np.stack(ys, 1), S
 
 
-@pytest.mark.parametrize("function", [modrwkv.wkv7_loop, modrwkv.wkv7_chunked, modrwkv.wkv7])
-@pytest.mark.parametrize("T", [1, 9, 100])
-@pytest.mark.parametrize("with_state", [True, False])
-@pytest.mark.parametrize("infinite", [False, True])
-def test_wkv7_is_the_formula(function, T, with_state, infinite):
-    rng = np.random.RandomState(0)
-    r, k, v, a, b = rng.randn(5, 2, T, 3, 4) / 2
-    w, S = -0.6 * rng.rand(2, T, 3, 4), rng.randn(2, 3, 4, 4) * with_state
-    w[0, T // 2, 1, 2] = -np.inf if infinite else 0
-    exact = formula(r, w, k, v, a, b, S)
-    got = function(*map(torch.from_numpy, (r, w, k, v, a, b)), torch.from_numpy(S) if with_state else None)
-    for x, y in zip(got, exact):
-        assert distance(x, y) < 1e-12
+METHODS = (modrwkv.wkv7, modrwkv.wkv7_chunked, modrwkv.wkv7_loop)
+NAMES = ("r", "w", "k", "v", "a", "b", "state")
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
 
 
-def wkv7_inputs(T, N, fastest, mixed, transition, with_state, seed, scale=1.0, infinite=0.0, dtype=torch.float32, H=2):
-    """[r, w, k, v, a, b(, state)]: decays -fastest, or mixed: log-uniform from 1e-6 to fastest; a share infinite."""
+def wkv7_inputs(
+    T, N, fastest=0.6, mixed=True, transition=1, with_state=True, seed=1, scale=1.0, infinite=0.0, B=1, H=2
+):
+    """[r, w, k, v, a, b(, state)], none contiguous: decays -fastest, or mixed: log-uniform from 1e-6 to fastest; a
+    share infinite."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(*shape):
-        return torch.randn(*shape, generator=g, dtype=torch.float64)
+        return torch.randn(*shape, generator=g, dtype=F64).mT
 
     def uniform():
-        return torch.rand(1, T, H, N, generator=g, dtype=torch.float64)
+        return torch.rand(B, T, N, H, generator=g, dtype=F64).mT
 
-    r, k, v = (scale * normal(1, T, H, N) for _ in range(3))
-    w = (
-        -(1e-6 * (max(fastest, 1e-6) / 1e-6) ** uniform())
-        if mixed
-        else torch.full((1, T, H, N), -fastest, dtype=torch.float64)
-    )
+    r, k, v = (scale * normal(B, T, N, H) for _ in range(3))
+    w = -(1e-6 * (max(fastest, 1e-6) / 1e-6) ** uniform()) if mixed else torch.full_like(r, -fastest)
     w[uniform() < infinite] = -math.inf
-    kk, rate = F.normalize(normal(1, T, H, N), dim=-1) * transition, uniform()
-    state = [scale**2 * normal(1, H, N, N)] if with_state else []
-    return [x.to(dtype) for x in [r, w, k, v, -kk, kk * rate, *state]]
+    kk, rate = F.normalize(normal(B, T, N, H), dim=-1) * transition, uniform()
+    state = [scale**2 * normal(B, H, N, N)] if with_state else []
+    return [x.float() for x in [r, w, k, v, -kk, kk * rate, *state]]
 
 
-def run_wkv7(function, inputs, dtype, used=(0, 1), device="cpu"):
-    """y, the state, and the gradients in every input of a random linear function of those of the two that are used."""
-    xs = [x.detach().to(device, dtype).requires_grad_() for x in inputs]
+def run_wkv7(function, inputs, dtype=None, used=(0, 1), device="cpu", weights=None):
+    """y, the state, and the gradients in every input of a linear function of those of the two that are used."""
+    xs = [x.detach().to(device, dtype or x.dtype, copy=True).requires_grad_() for x in inputs]
     results, g = function(*xs), torch.Generator().manual_seed(0)
-    weights = [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x) for x in results]
-    loss = sum((results[i] * weights[i]).sum() for i in used)
-    return [*results, *torch.autograd.grad(loss, xs, materialize_grads=True)]
+    if weights is None:
+        weights = [torch.randn(x.shape, generator=g).to(BF16) for x in results]  # as exact in every dtype
+    loss = sum((results[i] * weights[i].to(results[i])).sum() for i in used)
+    return [*(x.detach() for x in results), *torch.autograd.grad(loss, xs, materialize_grads=True)]
 
 
-def assert_wkv7_exact(inputs, used=(0, 1)):
-    exact = run_wkv7(modrwkv.wkv7_loop, inputs, torch.float64, used)
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
-        for function in (modrwkv.wkv7, modrwkv.wkv7_chunked):
-            got = run_wkv7(function, inputs, dtype, used)
-            errors = {
-                name: distance(x, y) for name, x, y in zip("y state dr dw dk dv da db dstate".split(), got, exact)
-            }
-            assert all(e <= tolerance for e in errors.values()), (function, dtype, errors)  # a NaN fails too
+def assert_wkv7_exact(inputs, used=(0, 1), device="cpu"):
+    """The loop in float64 against the formula; against its autograd the two other ways, and the kernel's without."""
+    exact, N = run_wkv7(modrwkv.wkv7_loop, inputs, F64, used), inputs[0].shape[-1]
+    *six, S = [x.double().numpy() for x in (*inputs, torch.zeros(exact[1].shape))][:7]
+    assert max(map(distance, exact, formula(*six, S))) < 1e-12
+    kernel = 2e-6 if N in (16, 32, 64, 128) and modrwkv.has_kernel(device) else 1e-5
+    chunked, wkv7 = modrwkv.wkv7_chunked, modrwkv.wkv7
+    for function, dtype, tolerance in (
+        (wkv7, F32, kernel),
+        (chunked, F32, 1e-5),
+        (wkv7, F64, 1e-10),
+        (chunked, F64, 1e-10),
+    ):
+        got = run_wkv7(function, inputs, dtype, used, device)
+        errors = {name: distance(x, y) for name, x, y in zip(("y", "S", *NAMES), got, exact)}
+        assert all(e <= tolerance for e in errors.values()), (function, dtype, errors)  # a NaN fails too
+    with torch.no_grad():
+        got = wkv7(*(x.to(device) for x in inputs))
+    assert all(distance(x, y) <= kernel for x, y in zip(got, exact))
 
 
-@trials(40)
+ANCHOR = dict(B=1, T=40, N=16, exponent=math.log10(0.6065), mixed=True, transition=1, with_state=True, scale=1.0)
+ANCHOR |= dict(infinite=0, used=(0, 1), seed=1)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@trials(70)
 @given(
-    T=st.integers(1, 130),
-    N=st.sampled_from([8, 16, 32, 48, 64, 128]),
+    B=st.integers(1, 2),
+    T=st.one_of(st.integers(1, 4), st.integers(1, 130)),
+    N=st.sampled_from([16, 32, 48, 64, 128]),
     exponent=st.floats(-6, math.log10(60)),
     mixed=st.booleans(),
     transition=st.sampled_from([1, 1, 0]),
@@ -524,145 +493,74 @@ def assert_wkv7_exact(inputs, used=(0, 1)):
     used=st.sampled_from([(0, 1), (0,), (1,)]),
     seed=SEEDS,
 )
-@example(
-    T=130,
-    N=64,
-    exponent=math.log10(0.6065),
-    mixed=True,
-    transition=1,
-    with_state=True,
-    scale=1.0,
-    infinite=0,
-    used=(0, 1),
-    seed=1,
-)
-@example(
-    T=96,
-    N=64,
-    exponent=math.log10(0.6065),
-    mixed=False,
-    transition=1,
-    with_state=False,
-    scale=1e6,
-    infinite=0,
-    used=(0, 1),
-    seed=2,
-)
-@example(
-    T=40,
-    N=16,
-    exponent=math.log10(0.6065),
-    mixed=True,
-    transition=1,
-    with_state=True,
-    scale=1.0,
-    infinite=0.02,
-    used=(0, 1),
-    seed=3,
-)
-@example(
-    T=40,
-    N=16,
-    exponent=math.log10(0.6065),
-    mixed=True,
-    transition=1,
-    with_state=True,
-    scale=1.0,
-    infinite=0.5,
-    used=(0, 1),
-    seed=4,
-)
-@example(
-    T=40,
-    N=16,
-    exponent=math.log10(0.6065),
-    mixed=True,
-    transition=1,
-    with_state=True,
-    scale=1.0,
-    infinite=1,
-    used=(0, 1),
-    seed=5,
-)
-def test_wkv7_is_exact_with_its_gradients(T, N, exponent, mixed, transition, with_state, scale, infinite, used, seed):
-    assert_wkv7_exact(wkv7_inputs(T, N, 10**exponent, mixed, transition, with_state, seed, scale, infinite), used)
+@example(**ANCHOR | dict(T=130, N=64))
+@example(**ANCHOR | dict(T=96, N=64, mixed=False, with_state=False, scale=1e6, seed=2))
+@example(**ANCHOR | dict(infinite=0.02, seed=3))
+@example(**ANCHOR | dict(infinite=0.5, seed=4))
+@example(**ANCHOR | dict(infinite=1, seed=5))
+def test_wkv7_is_exact_with_its_gradients(device, used, exponent, **problem):
+    """In few steps, as decoding has them, and many; of tensors with any strides."""
+    assert_wkv7_exact(wkv7_inputs(fastest=10**exponent, **problem), used, device)
 
 
 @pytest.mark.parametrize("fastest", [1e-6, 0.3, 0.6065, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 7.5, 7.6, 20.0, 60.0])
 @pytest.mark.parametrize("T", [8, 20, 64])
 def test_wkv7_is_exact_at_every_decay(fastest, T):
+    """By the loop where they are fast, else in chunks."""
     for transition, with_state, scale in itertools.product((1, 0), (True, False), (1, 1e-6)):
         assert_wkv7_exact(wkv7_inputs(T, 16, fastest, False, transition, with_state, T, scale))
 
 
-METHODS = (modrwkv.wkv7, modrwkv.wkv7_chunked, modrwkv.wkv7_loop)
-
-
 @trials(100)
 @given(
-    name=st.sampled_from(["r", "w", "k", "v", "a", "b", "state"]),
-    shape=st.lists(st.integers(0, 17), max_size=5).map(tuple),
-    dtype=st.sampled_from([torch.float64, torch.bfloat16, torch.int64, torch.bool, torch.complex64]),
+    name=st.sampled_from(NAMES),
+    shape=st.none() | st.lists(st.integers(0, 17), max_size=5).map(tuple),
+    dtype=st.sampled_from([F64, BF16, torch.int64, torch.bool, torch.complex64]),
     device=st.sampled_from(["cpu", "meta"]),
     method=st.sampled_from(METHODS),
 )
-@example(name="w", shape=(1, 5, 2, 16), dtype=torch.float32, device="cpu", method=modrwkv.wkv7)  # fewer steps
-@example(name="k", shape=(1, 9, 1, 16), dtype=torch.float32, device="cpu", method=modrwkv.wkv7)  # fewer heads
-@example(name="state", shape=(1, 16, 16), dtype=torch.float32, device="cpu", method=modrwkv.wkv7_chunked)
-@example(name="r", shape=(1, 9, 2, 8), dtype=torch.float32, device="cpu", method=modrwkv.wkv7_loop)
+@example(name="w", shape=(1, 5, 2, 16), dtype=F32, device="cpu", method=modrwkv.wkv7)  # fewer steps
+@example(name="k", shape=(1, 9, 1, 16), dtype=F32, device="cpu", method=modrwkv.wkv7)  # fewer heads
+@example(name="v", shape=(2, 9, 2, 16), dtype=F32, device="cpu", method=modrwkv.wkv7)  # more samples
+@example(name="state", shape=(1, 16, 16), dtype=F32, device="cpu", method=modrwkv.wkv7_chunked)
+@example(name="r", shape=(1, 9, 2, 8), dtype=F32, device="cpu", method=modrwkv.wkv7_loop)
 def test_wkv7_refuses_tensors_that_do_not_fit(name, shape, dtype, device, method):
     """One tensor of seven has another shape, dtype or device: a sentence that names it, or the result if it fits."""
-    inputs = dict(zip(("r", "w", "k", "v", "a", "b", "state"), wkv7_inputs(9, 16, 0.6, True, 1, True, seed=1)))
+    inputs = dict(zip(NAMES, wkv7_inputs(9, 16)))
     good = inputs[name]
-    inputs[name] = torch.ones(shape, dtype=dtype, device=device)
-    if shape == good.shape and dtype.is_floating_point and device == "cpu":
+    fits = shape in (None, good.shape)
+    inputs[name] = good.to(dtype).to(device) if fits else torch.ones(shape, dtype=dtype, device=device)
+    if fits and dtype.is_floating_point and device == "cpu":
+        assert method(*inputs.values())[0].shape == (1, 9, 2, 16)
         return
-    with pytest.raises(ValueError, match=f"wkv7: (r|w|{name}) (has|is) ") as e:
+    reason = f"(w|{name}) is floating point on r's device" if fits else f"(r|w|{name}) (has|is) "
+    with pytest.raises(ValueError, match=f"wkv7: {reason}") as e:
         method(*inputs.values())
     assert "\n" not in str(e.value)
-    inputs[name] = good.to(dtype, copy=True).to(device)
-    if dtype.is_floating_point and device == "cpu":
-        assert method(*inputs.values())[0].shape == (1, 9, 2, 16)
-    else:
-        with pytest.raises(ValueError, match=f"wkv7: (w|{name}) is floating point on r's device"):
-            method(*inputs.values())
 
 
-class Dispatched(TorchDispatchMode):
-    """The names of all operations inside."""
+class Operations(TorchDispatchMode):
+    """Counts the operations that compute: each is a kernel on a GPU. Views and what numpy does are not counted."""
 
-    def __enter__(self):
-        self.names = set()
-        return super().__enter__()
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.add(function.name())
-        return function(*args, **kwargs or {})
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if not (operation.is_view or operation in (torch.ops.aten._unsafe_view.default, torch.ops.aten.detach.default)):
+            self.names[str(operation.overloadpacket)] += 1
+        return operation(*args, **(kwargs or {}))
 
 
 def test_rwkv7_without_a_kernel_reads_no_values(monkeypatch):
     """A GPU would have to be waited for; RWKV-6, whose decays are free, looks for the fastest."""
     monkeypatch.setattr(modrwkv, "has_kernel", lambda *args: False)
-    x = torch.randn(2, 20, 32)
-    for generation, reads in ((7, False), (6, True)):
+    for generation, T in itertools.product((7, 6), (20, 300)):
         model = ModRWKV(Config(rwkv=generation, n_layer=1, n_embd=32, head_size=16, image_encoder="none"))
-        with Dispatched() as operations:
-            y, *_ = model.blocks[0].att(x, None)
+        with Operations() as operations:
+            y, *_ = model.blocks[0].att(torch.randn(2, T, 32), None)
             y.sum().backward()
-        assert ("aten::_local_scalar_dense" in operations.names) == reads
-
-
-@pytest.mark.parametrize("T", [1, 8, 97, 300])
-def test_wkv7_of_known_decays_reads_no_values(T):
-    """As RWKV-7 calls it: the loop's values, and no copy to the host."""
-    chunked = functools.partial(modrwkv.wkv7_chunked, w_min=-0.607)
-    inputs = wkv7_inputs(T, 8, 0.6065, False, 1, True, seed=T)
-
-    with Dispatched() as operations:
-        got = run_wkv7(chunked, inputs, torch.float32)
-    assert "aten::bmm" in operations.names and "aten::_local_scalar_dense" not in operations.names
-    for x, exact in zip(got, run_wkv7(modrwkv.wkv7_loop, inputs, torch.float64), strict=True):
-        assert distance(x, exact) <= 1e-5
+        assert ("aten._local_scalar_dense" in operations.names) == (generation == 6)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -670,11 +568,11 @@ def test_wkv7_of_known_decays_reads_no_values(T):
 def test_wkv7_on_fake_tensors(method, N):
     """Shapes and dtypes of the results and gradients, where there are no values to look at."""
     with FakeTensorMode():
-        xs = [torch.rand(2, 12, 3, N, dtype=torch.bfloat16, requires_grad=True) for _ in range(6)]
+        xs = [torch.rand(2, 12, 3, N, dtype=BF16, requires_grad=True) for _ in range(6)]
         xs.append(torch.rand(2, 3, N, N, requires_grad=True))
         y, S = method(*xs)
         gradients = torch.autograd.grad(y.sum() + S.sum(), xs)
-    assert (y.shape, y.dtype, S.shape, S.dtype) == ((2, 12, 3, N), torch.bfloat16, (2, 3, N, N), torch.float32)
+    assert (y.shape, y.dtype, S.shape, S.dtype) == ((2, 12, 3, N), BF16, (2, 3, N, N), F32)
     assert all(g.shape == x.shape and g.dtype == x.dtype for g, x in zip(gradients, xs, strict=True))
 
 
@@ -684,95 +582,62 @@ def test_the_line_that_says_why_there_is_no_kernel(capsys):
     modrwkv.kernel.cache_clear()
     for _ in range(2):
         assert not modrwkv.has_kernel("mps")
-        modrwkv.wkv7(*wkv7_inputs(9, 48, 0.6, True, 1, True, seed=1))
+        modrwkv.wkv7(*wkv7_inputs(9, 48))
     reasons = "kernel.cu is for CPUs and NVIDIA GPUs, not for mps", "kernel.cu has head sizes 16, 32, 64 and 128 alone"
     line = "the recurrence runs in PyTorch's own operations, which is several times slower: %s\n"
     assert capsys.readouterr().err == "".join(line % reason for reason in reasons)
 
 
 def test_wkv7_without_a_kernel_compiles():
-    """Into one graph, for one length at a time, where decays are known: the values are those without torch.compile."""
-    function = functools.partial(modrwkv.wkv7, w_min=-0.607)
-    inputs = wkv7_inputs(97, 8, 0.6, True, 1, True, seed=1)
-    compiled = torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager")
-    for x, y in zip(run_wkv7(compiled, inputs, torch.float32), run_wkv7(function, inputs, torch.float32), strict=True):
-        assert distance(x, y) < 1e-6
+    """Into one graph, for one length at a time, where decays are known; else with graph breaks, as the smallest decay
+    is looked up. In no case a value other than the loop's."""
+    known = functools.partial(modrwkv.wkv7, w_min=-0.607)
+    one_graph = torch.compile(known, fullgraph=True, dynamic=False, backend="aot_eager")
+    with_breaks = torch.compile(modrwkv.wkv7, backend="eager")
+    for compiled, T, fastest in (
+        (known, 97, 0.6),
+        (one_graph, 97, 0.6),
+        (with_breaks, 40, 0.5),
+        (with_breaks, 40, 5.0),
+    ):
+        inputs = wkv7_inputs(T, 8, fastest)
+        got, exact = run_wkv7(compiled, inputs), run_wkv7(modrwkv.wkv7_loop, inputs, F64)
+        assert max(map(distance, got, exact)) < 1e-5
 
 
-def test_wkv7_of_free_decays_compiles():
-    """With graph breaks: the smallest decay is looked up. In no case a value other than the loop's."""
-    for fastest in (0.5, 5.0):
-        inputs = wkv7_inputs(40, 8, fastest, True, 1, True, seed=1)
-        compiled = torch.compile(modrwkv.wkv7, backend="eager")
-        for x, y in zip(compiled(*inputs), modrwkv.wkv7_loop(*inputs), strict=True):
-            assert distance(x, y) < 1e-5
-
-
-@pytest.mark.parametrize("T", [3, 10, 65], ids=["loop", "one chunk", "two chunks"])
-@pytest.mark.parametrize("with_state", [True, False])
-def test_wkv7_gradcheck(T, with_state):
-    """By finite differences."""
-    inputs = wkv7_inputs(T, 2, 1.0, False, 1, with_state, seed=4, dtype=torch.float64, H=1)
-    assert torch.autograd.gradcheck(modrwkv.wkv7, [x.requires_grad_() for x in inputs])
-
-
-@pytest.mark.parametrize("dtype,unit", [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
-@pytest.mark.parametrize("T", [5, 70])
-@pytest.mark.parametrize("N", [8, 32])  # without the kernel and with it
-def test_wkv7_in_half_precision(dtype, unit, T, N):
-    inputs = wkv7_inputs(T, N, 0.6, True, 1, False, seed=6, dtype=dtype)
-    state = torch.randn(1, 2, N, N, generator=torch.Generator().manual_seed(0))
-    exact_y, exact_S = modrwkv.wkv7_loop(*(x.double() for x in inputs), state.double())
-    for autocast in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            y, S = modrwkv.wkv7(*inputs, state)
-        assert y.dtype == dtype and S.dtype == torch.float32
-        assert distance(y, exact_y) <= unit  # the one rounding of y, nothing more
-        assert distance(S, exact_S) <= 1e-5
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("T,N", [(5, 8), (70, 8), (5, 32), (70, 64)])  # without the kernel and with it
+def test_wkv7_rounds_half_precision_once(device, dtype, autocast, T, N):
+    """Against the loop in float64, rounded: y and each gradient but the state's, which is float32 throughout."""
+    *six, state = wkv7_inputs(T, N, seed=6)
+    inputs = [*(x.to(dtype) for x in six), state]
+    exact = run_wkv7(modrwkv.wkv7_loop, inputs, F64)
+    got = run_wkv7(torch.autocast(device, BF16, enabled=autocast)(modrwkv.wkv7), inputs, device=device)
+    for name, x, want in zip(("y", "S", *NAMES), got, exact, strict=True):
+        exactly = name in ("S", "state")
+        assert x.dtype == (F32 if exactly else dtype), name
+        assert distance(x, want) <= (1e-5 if exactly else 1.5 * distance(want.to(dtype), want)), name
 
 
 # ------------------------------------------------------------ kernel.cu on the CPU
 
-DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
-needs_compiler = pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="no C++ compiler")
-
-
-@needs_compiler
-@pytest.mark.parametrize("device", DEVICES)
-@trials(40)
-@given(
-    T=st.integers(1, 100),
-    N=st.sampled_from([16, 32, 64, 128]),
-    exponent=st.floats(-6, math.log10(60)),
-    mixed=st.booleans(),
-    transition=st.sampled_from([1, 0]),
-    with_state=st.booleans(),
-    infinite=st.sampled_from([0, 0, 0.1, 1]),
-    seed=SEEDS,
-)
-@example(T=100, N=64, exponent=math.log10(0.6065), mixed=True, transition=1, with_state=True, infinite=0, seed=1)
-def test_kernel_deviates_by_2e_6_at_most(device, T, N, exponent, mixed, transition, with_state, infinite, seed):
-    inputs = wkv7_inputs(T, N, 10**exponent, mixed, transition, with_state, seed, infinite=infinite)
-    assert modrwkv.has_kernel(device)
-    for got, exact in zip(
-        run_wkv7(modrwkv.wkv7, inputs, torch.float32, device=device), run_wkv7(modrwkv.wkv7_loop, inputs, torch.float64)
-    ):
-        assert distance(got, exact) <= 2e-6
-
 
 @needs_compiler
 @pytest.mark.parametrize("T", [1, 32, 45])
-def test_kernel_writes_all_it_returns(monkeypatch, T):
-    inputs = wkv7_inputs(T, 16, 0.6, True, 1, False, seed=1)
-    want = run_wkv7(modrwkv.wkv7, inputs, torch.float32)
-    empty = torch.empty_like
+@pytest.mark.parametrize("used", [(0, 1), (0,), (1,)])
+def test_kernel_writes_all_it_returns(monkeypatch, T, used):
+    """Tensors that torch makes empty are full of NaN."""
+    inputs = wkv7_inputs(T, 16, with_state=False)
+    want, empty = run_wkv7(modrwkv.wkv7, inputs, used=used), torch.empty_like
+
+    def new_empty(self, *shape, **how):
+        return self.new_full(shape if len(shape) > 1 else shape[0], math.nan, **how)
+
     monkeypatch.setattr(torch, "empty_like", lambda *args, **how: empty(*args, **how).fill_(math.nan))
-    monkeypatch.setattr(
-        torch.Tensor,
-        "new_empty",
-        lambda self, *shape, **how: self.new_full(shape if len(shape) > 1 else shape[0], math.nan, **how),
-    )
-    assert all(map(torch.equal, run_wkv7(modrwkv.wkv7, inputs, torch.float32), want))
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+    assert all(map(torch.equal, run_wkv7(modrwkv.wkv7, inputs, used=used), want))
 
 
 @needs_compiler
@@ -796,84 +661,27 @@ def test_blocks_share_two_graphs(rwkv):
 
 @needs_compiler
 @pytest.mark.parametrize("N", [16, 32, 64, 128])
-@pytest.mark.parametrize("T", [1, 2, 3, 4, 33])
-def test_kernel_without_gradients(T, N):
-    """As in decoding, where a few steps go another way."""
-    inputs = wkv7_inputs(T, N, 60.0, True, 1, True, seed=T, infinite=0.1)
-    want = modrwkv.wkv7_loop(*(x.double() for x in inputs))
-    with torch.no_grad():
-        got = modrwkv.wkv7(*inputs)
-    assert all(distance(x, y) < 2e-6 for x, y in zip(got, want))
-
-
-@needs_compiler
-@pytest.mark.parametrize("N", [16, 32, 64, 128])
 @pytest.mark.parametrize("threads", [2, 3, 4, 16, 64])
 def test_kernel_with_rows_shared_out_among_threads(N, threads):
     """Of one head, so that there are more threads than heads, and at last than blocks of rows."""
-    inputs = wkv7_inputs(600, N, 0.6, True, 1, True, seed=2, H=1)
-    want = run_wkv7(modrwkv.wkv7, inputs, torch.float32)
+    inputs = wkv7_inputs(600, N, seed=2, H=1)
+    want = run_wkv7(modrwkv.wkv7, inputs)
     torch.set_num_threads(threads)
     try:
-        got = run_wkv7(modrwkv.wkv7, inputs, torch.float32)
+        got = run_wkv7(modrwkv.wkv7, inputs)
     finally:
         torch.set_num_threads(1)
-    assert all(distance(x, y) < 1e-6 for x, y in zip(got, want))
-
-
-@needs_compiler
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_kernel_rounds_half_precision_once(device, dtype):
-    inputs = [x.to(dtype) for x in wkv7_inputs(70, 64, 0.6, True, 1, False, seed=3)]
-    exact = run_wkv7(modrwkv.wkv7_loop, inputs, torch.float64)
-    for i, (got, want) in enumerate(zip(run_wkv7(modrwkv.wkv7, inputs, dtype, device=device), exact)):
-        assert distance(got, want) <= (
-            1.5 * distance(want.to(dtype), want) if i != 1 else 2e-6
-        )  # the state stays float32
+    assert max(map(distance, got, want)) < 1e-6
 
 
 @needs_compiler
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("with_state", [True, False])
 def test_kernel_as_an_operator_of_torch(device, with_state):
-    *six, state = [x.to(device).requires_grad_() for x in wkv7_inputs(40, 16, 0.6, True, 1, True, seed=4)]
+    """By torch's own checks of schema, gradients, fake tensors and compilation with unknown sizes."""
+    *six, state = [x.to(device).contiguous().requires_grad_() for x in wkv7_inputs(40, 16, seed=4)]
     checks = torch.library.opcheck(modrwkv.wkv7_kernel, (*six, state if with_state else None, True))
     assert set(checks.values()) == {"SUCCESS"}
-
-    def loss(*inputs):
-        y, S = modrwkv.wkv7(*inputs)
-        return y.square().sum() + S.square().sum()
-
-    inputs = (*six, state) if with_state else six
-    want = torch.autograd.grad(loss(*inputs), inputs)
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    again = torch.utils.checkpoint.checkpoint(loss, *inputs, use_reentrant=False)
-    for other in (compiled(*inputs), again):
-        assert all(distance(x, y) < 1e-6 for x, y in zip(torch.autograd.grad(other, inputs), want))
-
-
-@needs_compiler
-def test_kernel_compiles_once_for_all_lengths():
-    """torch.compile: one graph, made twice at most; the values are the loop's."""
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(modrwkv.wkv7, fullgraph=True, dynamic=True, backend=counter)
-    for T in (17, 40, 77, 200):
-        inputs = wkv7_inputs(T, 16, 0.6, True, 1, False, seed=T)
-        got = run_wkv7(compiled, inputs, torch.float32)
-        for x, exact in zip(got, run_wkv7(modrwkv.wkv7_loop, inputs, torch.float32), strict=True):
-            assert distance(x, exact) < 1e-5
-    assert counter.frame_count <= 2
-
-
-@needs_compiler
-def test_kernel_takes_any_strides():
-    inputs = wkv7_inputs(20, 16, 0.6, True, 1, True, seed=5)
-    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs[:6]] + [inputs[6].mT.contiguous().mT]
-    assert not strided[0].is_contiguous()
-    assert all(
-        map(torch.equal, run_wkv7(modrwkv.wkv7, strided, torch.float32), run_wkv7(modrwkv.wkv7, inputs, torch.float32))
-    )
 
 
 RECURRENCE = """
@@ -884,20 +692,10 @@ print(modrwkv.wkv7(x, -x, x, x, x, x * 0)[0].sum().item(), flush=True)
 
 
 def recurrence(cache, **environment):
-    """The printed sum, and what was said, of a fresh process whose compiled kernels are in the folder `cache`."""
+    """A fresh process that prints a sum, and whose compiled kernels are in the folder `cache`."""
     environment = os.environ | {"XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"} | environment
-    return subprocess.Popen(
-        [sys.executable, "-c", RECURRENCE], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-@needs_compiler
-def test_kernel_is_compiled_once_by_processes_at_once(tmp_path):
-    said = [process.communicate() for process in [recurrence(tmp_path) for _ in range(2)]]
-    assert said[0][0] == said[1][0] != ""
-    [library] = [path for path in tmp_path.rglob("*") if path.is_file()]
-    out, err = recurrence(tmp_path).communicate()
-    assert (out, err) == (said[0][0], "") and library.suffix == ".so"
+    command, pipes = [sys.executable, "-c", RECURRENCE], dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return subprocess.Popen(command, env=environment, text=True, **pipes)
 
 
 @needs_compiler
@@ -916,9 +714,10 @@ def test_kernel_that_was_damaged_is_compiled_again(tmp_path, monkeypatch, capsys
     assert ctypes.CDLL(compile()).answer() == 42 and list(tmp_path.glob("modrwkv/*")) == [path]
 
 
-@pytest.mark.parametrize(
-    "case", ["no home", "empty home", "relative", "anyone writes", "a link", "a file", "read only"]
-)
+CACHES = "no home", "relative", "anyone writes", "a link", "a file", "read only"
+
+
+@pytest.mark.parametrize("case", CACHES)
 def test_kernel_cache_is_the_users_alone(tmp_path, monkeypatch, case):
     """Otherwise a temporary folder of this process, and nothing is written where it runs."""
     cache, temporary = tmp_path / "cache", tmp_path / "tmp"
@@ -927,10 +726,8 @@ def test_kernel_cache_is_the_users_alone(tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    if case in ("no home", "empty home"):
-        monkeypatch.delenv("XDG_CACHE_HOME")
-        monkeypatch.setenv("HOME", "")
     if case == "no home":
+        monkeypatch.delenv("XDG_CACHE_HOME")
         monkeypatch.delenv("HOME")
     if case == "relative":
         monkeypatch.setenv("XDG_CACHE_HOME", "cache")
@@ -949,6 +746,7 @@ def test_kernel_cache_is_the_users_alone(tmp_path, monkeypatch, case):
     assert sorted(tmp_path.iterdir()) == [cache, temporary]
 
 
+KERNEL = REPO / "kernel.cu"
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
@@ -966,13 +764,18 @@ def gpus(tmp_path, monkeypatch):
     modrwkv.kernel.cache_clear()
 
 
+def executable(path, script):
+    """An executable file, its folder made where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
 def test_gpu_kernel_is_compiled_by_a_package_of_pip(gpus, cuda, tmp_path, monkeypatch, capsys):
     """Where there is no nvcc but that of cuda-toolkit; here a script that gives the library for the CPU."""
-    script = f'#!/bin/sh\nPATH=/usr/bin:/bin\necho "$@" >> {tmp_path}/calls\nfor last; do :; done\n'
-    folder = tmp_path / "site" / "nvidia" / "cu13" / "bin"
-    folder.mkdir(parents=True)
-    (folder / "nvcc").write_text(script + f'cp {cuda._name} "$last"\n')
-    (folder / "nvcc").chmod(0o755)
+    folder, calls = tmp_path / "site" / "nvidia" / "cu13", tmp_path / "calls"
+    script = f'PATH=/usr/bin:/bin\necho "$@" >> {calls}\nfor last; do :; done\ncp {cuda._name} "$last"'
+    executable(folder / "bin" / "nvcc", script)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     gpus += [(9, 0), (7, 5), (9, 0)]
@@ -982,9 +785,9 @@ def test_gpu_kernel_is_compiled_by_a_package_of_pip(gpus, cuda, tmp_path, monkey
     for said in ("compiling kernel.cu for this GPU, once, about 30 seconds ...\n", ""):
         modrwkv.kernel.cache_clear()
         assert modrwkv.has_kernel("cuda") and capsys.readouterr().err == said
-    [call] = (tmp_path / "calls").read_text().splitlines()
+    [call] = calls.read_text().splitlines()
     gencode = "-gencode=arch=compute_75,code=sm_75 -gencode=arch=compute_90,code=sm_90"
-    assert gencode in call and f"-L{folder.parent}/lib" in call
+    assert gencode in call and f"-L{folder}/lib" in call
     gpus.append((8, 0))  # another GPU, another library
     assert modrwkv.compile_for_gpu(str(KERNEL)) and "compiling" in capsys.readouterr().err
 
@@ -992,41 +795,31 @@ def test_gpu_kernel_is_compiled_by_a_package_of_pip(gpus, cuda, tmp_path, monkey
 @pytest.mark.skipif(not NVCC, reason="no nvcc")
 def test_gpu_kernel_without_its_driver(gpus, tmp_path, capsys):
     """What nvcc makes is a library that can be opened here; one line says why there is no kernel."""
-    source = re.sub(r"\n *case (16|32|128|1|2): .*", "", KERNEL.read_text())  # of the 24 kernels two
-    (tmp_path / "kernel.cu").write_text(source)
+    source = tmp_path / "kernel.cu"
+    source.write_text(re.sub(r"\n *case (16|32|128|1|2): .*", "", KERNEL.read_text()))  # of the 24 kernels two
     gpus += [(7, 5), (12, 0)]
-    path = modrwkv.compile_for_gpu(str(tmp_path / "kernel.cu"))
+    path = modrwkv.compile_for_gpu(str(source))
     assert ctypes.CDLL(path).wkv7_backward and "compiling" in capsys.readouterr().err
-    assert modrwkv.compile_for_gpu(str(tmp_path / "kernel.cu")) == path and not capsys.readouterr().err
+    assert modrwkv.compile_for_gpu(str(source)) == path and not capsys.readouterr().err
     gpus[:] = [(1, 0)]
-    message = refusal(modrwkv.compile_for_gpu, str(tmp_path / "kernel.cu"))
+    message = refusal(modrwkv.compile_for_gpu, str(source))
     assert "cannot compile kernel.cu: nvcc fatal" in message and "compute_10" in message
 
 
-@pytest.mark.parametrize(
-    ("compiler", "reason"),
-    [
-        (None, "there is no C++ compiler; install g++ or clang++"),
-        ("echo no error: >&2; exit 1", "cannot compile kernel.cu"),
-    ],
-)
-def test_without_a_compiler_torch_does_it(tmp_path, compiler, reason):
-    bin = tmp_path / "bin"
-    bin.mkdir()
-    if compiler:
-        (bin / "g++").write_text(f"#!/bin/sh\n{compiler}\n")
-        (bin / "g++").chmod(0o755)
-    out, err = recurrence(tmp_path, PATH=str(bin), CXX="").communicate()
-    want, _ = recurrence(tmp_path).communicate()
-    assert float(out) == pytest.approx(float(want), rel=1e-6)
-    assert reason in err and "the recurrence runs in PyTorch's own operations" in err and "Traceback" not in err
+@needs_compiler
+def test_kernel_is_compiled_once_by_processes_at_once(tmp_path):
+    """Both and a third one, which compiles nothing, print the same, and so does torch where nothing can be compiled."""
+    (sum1, _), (sum2, _) = [process.communicate() for process in [recurrence(tmp_path / "cache") for _ in range(2)]]
+    [library] = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert recurrence(tmp_path / "cache").communicate() == (sum1, "") and library.suffix == ".so" and sum1 == sum2
+    for reason in ("there is no C++ compiler; install g++ or clang++", "cannot compile kernel.cu"):
+        out, err = recurrence(tmp_path, PATH=str(tmp_path / "bin"), CXX="").communicate()
+        assert float(out) == pytest.approx(float(sum1), rel=1e-6) and "Traceback" not in err
+        assert reason in err and "the recurrence runs in PyTorch's own operations" in err
+        executable(tmp_path / "bin" / "g++", "echo no error: >&2; exit 1")
 
 
 # ------------------------------------------------------------ kernel.cu's CUDA, run on the CPU
-
-KERNEL = REPO / "kernel.cu"
-F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-NAMES = ("r", "w", "k", "v", "a", "b")
 
 
 def open_cuda_on_cpu(folder, *flags):
@@ -1044,6 +837,11 @@ def open_cuda_on_cpu(folder, *flags):
 @pytest.fixture(scope="session")
 def cuda(tmp_path_factory):
     return open_cuda_on_cpu(tmp_path_factory.mktemp("cuda"))
+
+
+@pytest.fixture(scope="session")
+def sm_75(tmp_path_factory):
+    return open_cuda_on_cpu(tmp_path_factory.mktemp("sm_75"), "-DCUDA_ON_CPU_ARCH=75")
 
 
 def guarded(shape, dtype, margin=2048):
@@ -1079,15 +877,11 @@ def cuda_forward(cuda, x, s0=None, keep=True):
 def cuda_backward(cuda, x, kept, dy, dsT=None, want_ds0=True):
     """Returns dr, dw, dk, dv, da, db, ds0."""
     (B, T, H, N), dtype = x[0].shape, x[0].dtype
-    grads = [guarded((B, T, H, N), F32 if name == "w" else dtype) for name in NAMES]
+    grads = [guarded((B, T, H, N), F32 if name == "w" else dtype) for name in NAMES[:6]]
     ds0 = guarded((B, H, N, N), F32) if want_ds0 else None
     assert call(cuda.wkv7_backward, x[0].shape, dtype, *x, kept, dy, dsT, *grads, ds0) == 0
     intact(*grads, ds0)
     return *grads, ds0
-
-
-def into_guarded(x, dtype):
-    return guarded(x.shape, dtype).copy_(x)
 
 
 def cuda_inputs(shape, dtype, decay, seed, removal=True):
@@ -1105,31 +899,24 @@ def cuda_inputs(shape, dtype, decay, seed, removal=True):
     }.get(decay)
     w = torch.full(shape, decay) if w is None else w
     s0, dsT = torch.randn(2, B, H, N, N, generator=g)
-    x = [into_guarded(t, dtype) for t in (r, w, k, v, -kk * removal, kk * rate * removal)]
-    x[1] = into_guarded(w, F32)
-    return x, into_guarded(s0, F32), into_guarded(dy, dtype), into_guarded(dsT, F32)
+    tensors = [(t, dtype) for t in (r, k, v, -kk * removal, kk * rate * removal, dy)] + [(t, F32) for t in (w, s0, dsT)]
+    r, k, v, a, b, dy, w, s0, dsT = (guarded(t.shape, dtype).copy_(t) for t, dtype in tensors)
+    return [r, w, k, v, a, b], s0, dy, dsT
 
 
-def loop(x, s0, dy, dsT, dtype=torch.float64):
-    """wkv7_loop and its gradients: y, sT, dr, dw, dk, dv, da, db, ds0."""
-    B, T, H, N = x[0].shape
-    zero = torch.zeros(B, H, N, N)
-    leaves = [t.to(dtype, copy=True).requires_grad_() for t in (*x, zero if s0 is None else s0)]
-    y, sT = modrwkv.wkv7_loop(*leaves)
-    loss = (y * dy.to(dtype)).sum() + (sT * (zero if dsT is None else dsT).to(dtype)).sum()
-    return y.detach(), sT.detach(), *torch.autograd.grad(loss, leaves)
-
-
-def check(found, *problem):
+def check(found, x, s0, dy, dsT):
     """Against float64: 2e-6 of the norm in float32 (ds0 at fast decays: twice the float32 loop's); rounding in 16."""
-    for name, x, e, e32 in zip(RESULTS, found, loop(*problem), loop(*problem, F32), strict=True):
-        if x is None:
+    zero = torch.zeros(x[0].shape[0], x[0].shape[2], x[0].shape[3], x[0].shape[3])
+    inputs, weights = [*x, zero if s0 is None else s0], (dy, zero if dsT is None else dsT)
+    exact, exact32 = (run_wkv7(modrwkv.wkv7_loop, inputs, dtype, weights=weights) for dtype in (F64, F32))
+    for name, y, e, e32 in zip(RESULTS, found, exact, exact32, strict=True):
+        if y is None:
             continue
-        error, size = (x.double() - e).norm().item(), e.norm().item()
+        error, size = (y.double() - e).norm().item(), e.norm().item()
         bound = max(2e-6 * size, 2 * (e32.double() - e).norm().item() if name == "ds0" else 0, 1e-20)
-        if x.dtype != F32:
-            bound = max(1.5 * (e.to(x.dtype).double() - e).norm().item(), 1e-20)
-        assert error <= bound, f"{name} {x.dtype}: error {error:.3g}, bound {bound:.3g}, norm {size:.3g}"
+        if y.dtype != F32:
+            bound = max(1.5 * (e.to(y.dtype).double() - e).norm().item(), 1e-20)
+        assert error <= bound, f"{name} {y.dtype}: error {error:.3g}, bound {bound:.3g}, norm {size:.3g}"
 
 
 RESULTS = ("y", "sT", "dr", "dw", "dk", "dv", "da", "db", "ds0")
@@ -1165,24 +952,16 @@ def test_cuda_agrees_with_float64(cuda, B, T, H, N, dtype, decay, has, seed):
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16])
 @pytest.mark.parametrize("N", [16, 32, 64, 128])
-def test_cuda_gives_the_same_bits_in_any_order_of_threads(cuda, N, dtype, monkeypatch):
-    x, s0, dy, dsT = cuda_inputs((1, 21 if N < 128 else 9, 2 if N < 128 else 1, N), dtype, "rwkv7", 5)
-    results = []
-    for order in ("0", "-1", "1", "2") if dtype == BF16 else ("0", "-1"):
+def test_cuda_gives_the_same_bits_in_any_order_of_threads(cuda, sm_75, N, dtype, monkeypatch):
+    """By the copies of sm_75, which has no cp.async, as by those of sm_80, and without states for a backward pass."""
+    problem = cuda_inputs((1, 21 if N < 128 else 9, 2 if N < 128 else 1, N), dtype, "rwkv7", 5)
+    first, others = run_all(cuda, *problem), [run_all(sm_75, *problem)]
+    for order in ("-1", "1", "2") if dtype == BF16 else ("-1",):
         monkeypatch.setenv("CUDA_ON_CPU_ORDER", order)
-        results.append(run_all(cuda, x, s0, dy, dsT))
-    for other in results[1:]:
-        for name, found, first in zip(RESULTS, other, results[0], strict=True):
-            assert torch.equal(found, first), name
-
-
-def test_cuda_without_asynchronous_copies_gives_the_same_bits(cuda, tmp_path):
-    """The copies of sm_75, which has no cp.async, beside those of sm_80."""
-    sm_75 = open_cuda_on_cpu(tmp_path, "-DCUDA_ON_CPU_ARCH=75")
-    for N, dtype in itertools.product((16, 32, 64, 128), (F32, BF16, F16)):
-        problem = cuda_inputs((1, 21 if N < 128 else 9, 1, N), dtype, "edges", N)
-        for name, found, want in zip(RESULTS, run_all(sm_75, *problem), run_all(cuda, *problem), strict=True):
-            assert torch.equal(found, want), name
+        others.append(run_all(cuda, *problem))
+    others.append(cuda_forward(cuda, *problem[:2], keep=False)[:2])
+    for other in others:
+        assert all(map(torch.equal, other, first))
 
 
 @pytest.mark.parametrize("N", [32, 64, 128])
@@ -1191,7 +970,8 @@ def test_cuda_overflows_in_float16_as_rounding_does(cuda, N):
     at N = 128 also where the gradient of one half of the rows is, which is added to the other's in float16."""
     x, s0, dy, dsT = cuda_inputs((1, 20, 1, N), F16, "rwkv7", 3)
     x[2], x[3], dy = 20 * x[2], 1000 * x[3], 5000 * dy
-    found, exact = run_all(cuda, x, s0, dy, dsT), loop(x, s0, dy, dsT)
+    found = run_all(cuda, x, s0, dy, dsT)
+    exact = run_wkv7(modrwkv.wkv7_loop, [*x, s0], F64, weights=(dy, dsT))
     assert sum(y.isinf().any().item() for y in found) >= 4
     for name, y, e in zip(RESULTS, found, exact, strict=True):
         sure = (e.abs() - 65520).abs() > 100  # not on the edge
@@ -1202,26 +982,13 @@ def test_cuda_overflows_in_float16_as_rounding_does(cuda, N):
         assert distance(y[finite], e[finite]) < (1e-3 if y.dtype == F16 else 2e-6), name
     dy[0, 7, 0, 3] = math.inf  # what a layer above has left of an overflow reaches every input that it depends on
     _, _, kept = cuda_forward(cuda, x, s0)
-    grads = [torch.zeros(x[0].shape, dtype=F32 if name == "w" else F16) for name in NAMES]
+    grads = [torch.zeros(x[0].shape, dtype=F32 if name == "w" else F16) for name in NAMES[:6]]
     assert call(cuda.wkv7_backward, x[0].shape, F16, *x, kept, dy, dsT, *grads, ds0 := torch.zeros_like(s0)) == 0
     assert not any(y.isfinite().all() for y in (*grads, ds0))
 
 
-def test_cuda_forward_alone_and_split(cuda):
-    x, s0, dy, dsT = cuda_inputs((2, 45, 1, 64), F32, "rwkv7", 7)
-    whole, sT, _ = cuda_forward(cuda, x, s0, keep=False)
-    first = [into_guarded(t[:, :18], F32) for t in x]
-    second = [into_guarded(t[:, 18:], F32) for t in x]
-    y1, s1, kept1 = cuda_forward(cuda, first, s0)
-    y2, s2, kept2 = cuda_forward(cuda, second, s1)
-    assert torch.equal(torch.cat([y1, y2], 1), whole) and torch.equal(s2, sT)
-    grads2 = cuda_backward(cuda, second, kept2, into_guarded(dy[:, 18:], F32), dsT)
-    grads1 = cuda_backward(cuda, first, kept1, into_guarded(dy[:, :18], F32), grads2[-1])
-    both = [torch.cat(pair, 1) for pair in zip(grads1[:-1], grads2[:-1])]
-    check((whole, sT, *both, grads1[-1]), x, s0, dy, dsT)
-
-
 def test_cuda_refuses_what_it_cannot_do(cuda):
+    """With CUDA's own numbers of errors: an unknown head size, no steps, pointers that are not aligned."""
     x, s0, dy, dsT = cuda_inputs((1, 2, 1, 16), F32, "one", 0)
     y, sT, kept = cuda_forward(cuda, x, s0)
     assert call(cuda.wkv7_forward, (0, 1, 1, 16), F32, *[None] * 10) == 0  # nothing to do
@@ -1233,9 +1000,7 @@ def test_cuda_refuses_what_it_cannot_do(cuda):
 
 def test_cuda_launches(cuda):
     """The stream that was given; shared memory for two blocks on an SM of sm_80 and sm_90 at N = 64, one of sm_75."""
-    stream, shared = (
-        kind.in_dll(cuda, name) for kind, name in ((ctypes.c_void_p, "last_stream"), (ctypes.c_size_t, "last_shared"))
-    )
+    stream, shared = ctypes.c_void_p.in_dll(cuda, "last_stream"), ctypes.c_size_t.in_dll(cuda, "last_shared")
     for dtype, N, most in ((F32, 16, 40), (BF16, 64, 64), (F32, 64, 64), (F32, 128, 64)):
         x, s0, dy, dsT = cuda_inputs((1, 1, 1, N), dtype, "one", 0)
         kept, grads = torch.zeros(1, 1, 1, N, N), [torch.empty(1, 1, 1, N) for _ in range(6)]
@@ -1252,23 +1017,10 @@ def test_cuda_compiles_without_spills(arch, tmp_path):
     """Of the sixteen kernels of float32 and bfloat16 those of N = 64 and 128: half the compile time."""
     source = re.sub(r"\n *case (16|32|2): .*", "", KERNEL.read_text())
     (tmp_path / "kernel.cu").write_text(source)
-    command = [
-        NVCC,
-        "-std=c++17",
-        f"-arch=sm_{arch}",
-        "-cubin",
-        "-Xptxas",
-        "-v",
-        "-o",
-        tmp_path / "kernel.cubin",
-        tmp_path / "kernel.cu",
-    ]
-    log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-    kernels = re.findall(
-        r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
-        log,
-        re.S,
-    )
+    flags = ["-std=c++17", f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v", "-o", tmp_path / "kernel.cubin"]
+    compiled = subprocess.run([NVCC, *flags, tmp_path / "kernel.cu"], check=True, capture_output=True, text=True)
+    pattern = r"entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"
+    kernels = re.findall(pattern, compiled.stderr, re.S)
     assert len(kernels) == 8
     for name, stores, loads, registers in kernels:
         assert (stores, loads) == ("0", "0"), name
@@ -1349,9 +1101,8 @@ def assert_logits_agree(ours, theirs, tokens):
 
 
 SHAPES = [(7, 1, 64, 64, (32, 32, 32, 32)), (7, 2, 128, 64, (64, 32, 16, 96)), (7, 3, 192, 64, (32, 48, 24, 64))]
-SHAPES += [(7, 3, 128, 32, (8, 16, 64, 40))] + [
-    (n, layers, C, 64, ()) for n in (5, 6) for layers, C in ((1, 64), (3, 128))
-]
+SHAPES += [(7, 3, 128, 32, (8, 16, 64, 40)), (5, 1, 64, 64, ()), (5, 3, 128, 64, ()), (6, 1, 64, 64, ())]
+SHAPES += [(6, 3, 128, 64, ())]
 
 
 @pytest.mark.parametrize("rwkv,n_layer,C,N,ranks", SHAPES)
@@ -1368,23 +1119,6 @@ def test_logits_and_states(official, official_before_7, tmp_path, rwkv, n_layer,
     for got, (i, layer) in itertools.product(states, enumerate(zip(*[iter(exact_state)] * 3))):
         for x, want in zip(got[i], layer):
             assert distance(x[0], want.mT if rwkv < 7 and want.dim() == 3 else want) < 1e-5
-
-
-def test_sizes_are_read_off_an_official_checkpoint(tmp_path):
-    """Config and tensors against those written, also where vectors are flat, as some converters leave them."""
-    weights = official_weights(3, 128, N=32, ranks=(8, 16, 24, 40))
-    torch.save(weights, tmp_path / "x.pth")
-    ours = load(tmp_path / "x.pth", tokenizer="bytes", template="v2")
-    sizes = dict(n_layer=3, n_embd=128, head_size=32)
-    assert ours.config == Config(**sizes, tokenizer="bytes", template="v2", image_encoder="none")
-    unused = {f"blocks.0.att.v{i}" for i in "012"}
-    assert set(ours.state_dict()) == set(weights) - unused
-    flat = {name: x.flatten() if x.dim() == 3 else x for name, x in weights.items() if name not in unused}
-    torch.save(flat, tmp_path / "flat.pth")
-    seeing = load(tmp_path / "flat.pth", image_encoder="patch", tokenizer="bytes")  # an encoder may be added
-    assert "image" in seeing.encoder
-    for name, x in ours.state_dict().items():
-        assert torch.equal(x, weights[name]) and torch.equal(x, seeing.state_dict()[name])
 
 
 @pytest.mark.parametrize("L,C,N,V", [(3, 128, 64, 260), (1, 16, 16, 8)])  # also V < C and rank > C
@@ -1484,19 +1218,6 @@ def test_picture_of_any_mode(tmp_path, mode, trim):
     assert got.float().std() > 20
 
 
-def test_transparent_pixels_are_white(tmp_path):
-    """Against alpha blending in numpy, which PIL rounds in its own way, and of a palette its transparent colour."""
-    rgba = pixels(0, 32, 64, 4)
-    alpha = rgba[..., 3:] / 255
-    got = load_media(WHOLE, stored(Image.fromarray(rgba, "RGBA"), tmp_path / "x.png")).permute(1, 2, 0).numpy()
-    assert abs(got - (rgba[..., :3] * alpha + 255 * (1 - alpha))).max() <= 1
-    palette = Image.new("P", (32, 32), 0)
-    palette.putpalette([0, 0, 0, 250, 0, 0])
-    palette.paste(1, (8, 8, 24, 24))
-    got = load_media(WHOLE, stored(palette, tmp_path / "p.png", transparency=0))
-    assert got[:, 0, 0].tolist() == [255, 255, 255] and got[:, 16, 16].tolist() == [250, 0, 0]
-
-
 @pytest.mark.parametrize("trim", [True, False])
 @pytest.mark.parametrize("patch_width", [4, 12, 32])
 def test_picture_of_any_size(patch_width, trim):
@@ -1551,22 +1272,46 @@ def test_patch_encoder():
         assert len(want) == encoder.length(image) and distance(got, torch.stack(want)) < 1e-5
 
 
+def layer(x, z, name):
+    return x @ z[f"{name}.weight"].T + z[f"{name}.bias"]
+
+
+def norm(y, z, name):
+    variance = y.var(1, correction=0, keepdim=True)
+    return (y - y.mean(1, keepdim=True)) / (variance + 1e-5).sqrt() * z[f"{name}.weight"] + z[f"{name}.bias"]
+
+
+def vision_adapter(z, x, first):
+    """ModRWKV's equation 4 as its code has it."""
+    y = layer(layer(x, z, f"{first}.0").clamp(min=0), z, f"{first}.2")
+    return y + norm(y, z, "pre_norm")
+
+
+def speech_adapter(z, x, first="proj"):
+    """A Conv1D of kernel 3, stride 2, then ModRWKV's mlp."""
+    x = torch.cat([torch.zeros(2, x.shape[1]), x, torch.zeros(2, x.shape[1])])
+    windows = [sum(z["conv.weight"][:, :, j] @ x[i + j] for j in range(3)) for i in range(0, len(x) - 2, 2)]
+    return layer(layer(torch.stack(windows) + z["conv.bias"], z, f"{first}.0").clamp(min=0), z, f"{first}.2")
+
+
+def gated_adapter(z, x):
+    """VisualRWKV 7.00's."""
+    return norm((x / (1 + (-x @ z["gate.weight"].T).exp())) @ z["o_proj.weight"].T, z, "ln_v")
+
+
 def plain_adapter(adapter, x):
-    """[1], equations 4 and 5, in numpy: what becomes of features x, and which of them each window ends on."""
-    z, x, speech = arrays(adapter), x.double().numpy(), isinstance(adapter, SpeechAdapter)
-    k, s = (3, 2) if speech else (adapter.kernel, adapter.stride)
-    ends = range(len(x))
+    """[1], equations 4 and 5: what becomes of features x, and which of them each window ends on."""
+    z, ends = dict(adapter.named_parameters()), range(len(x))
+    if isinstance(adapter, SpeechAdapter):
+        return speech_adapter(z, x, "mlp"), None
+    k, s = adapter.kernel, adapter.stride
     if k:
         left = (s - (len(x) - k) % s) % s if len(x) >= k else k - len(x)
-        x = np.pad(x, ((2, 2) if speech else (left, 0), (0, 0)))
+        x = F.pad(x, (0, 0, left, 0))
         starts = range(0, len(x) - k + 1, s)
-        x = np.stack([sum(z["conv.weight"][:, :, j] @ x[i + j] for j in range(k)) for i in starts])
-        x, ends = x + z.get("conv.bias", 0), [i + k - 1 - left for i in starts]
-    y = np.maximum(x @ z["mlp.0.weight"].T + z["mlp.0.bias"], 0) @ z["mlp.2.weight"].T + z["mlp.2.bias"]
-    if speech:
-        return y, None
-    norm = (y - y.mean(1, keepdims=True)) / np.sqrt(y.var(1, keepdims=True) + 1e-5)
-    return y + norm * z["pre_norm.weight"] + z["pre_norm.bias"], list(ends)
+        x = torch.stack([sum(z["conv.weight"][:, :, j] @ x[i + j] for j in range(k)) for i in starts])
+        ends = [i + k - 1 - left for i in starts]
+    return vision_adapter(z, x, "mlp"), list(ends)
 
 
 LENGTHS = {(3, 2): {577: 288, 576: 288, 720: 360}, (4, 3): {577: 192, 576: 192, 720: 240}, (0, 2): {577: 577}}
@@ -1618,19 +1363,25 @@ def test_log_mel_frames(n, frames):
 
 
 def test_pictures_are_those_that_a_viewer_shows(tmp_path):
-    """Against the picture before it was stored turned (EXIF), or with a transparent colour; an EPS is no picture."""
-    image = noise(50, 40)
-    exif = Image.Exif()
+    """Against the picture before it was stored turned (EXIF), alpha blending in numpy, which PIL rounds in its own way,
+    and white for transparent colours; an EPS is no picture."""
+    image, exif = noise(50, 40), Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
-    image.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
-    assert np.array_equal(read_picture(tmp_path / "turned.png"), image)
-    Image.new("RGB", (5, 4)).save(tmp_path / "clear.png", transparency=(0, 0, 0))
-    assert np.asarray(read_picture(tmp_path / "clear.png")).min() == 255
-    image.save(tmp_path / "program.eps")
-    (tmp_path / "program.eps").rename(tmp_path / "program.png")
-    assert "PNG" in refusal(read_picture, tmp_path / "program.png")
-    Image.fromarray(np.ones((4, 5), np.float32)).save(tmp_path / "float.tif")
-    assert "save it with 8" in refusal(read_picture, tmp_path / "float.tif")
+    turned = stored(image.transpose(Image.Transpose.ROTATE_90), tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(read_picture(turned), image)
+    rgba = pixels(0, 32, 64, 4)
+    alpha = rgba[..., 3:] / 255
+    got = np.asarray(read_picture(stored(Image.fromarray(rgba, "RGBA"), tmp_path / "rgba.png")))
+    assert abs(got - (rgba[..., :3] * alpha + 255 * (1 - alpha))).max() <= 1
+    palette = Image.new("P", (5, 4))
+    palette.putpalette([0, 0, 0, 250, 0, 0])
+    palette.putpixel((0, 0), 1)
+    for clear, colour in ((palette, 0), (palette.convert("RGB"), (0, 0, 0))):
+        got = np.asarray(read_picture(stored(clear, tmp_path / "clear.png", transparency=colour)))
+        assert got[0, 0].tolist() == [250, 0, 0] and got[1:].min() == 255
+    assert "PNG" in refusal(read_picture, stored(image, tmp_path / "program.png", format="EPS"))
+    floats = stored(Image.fromarray(np.ones((4, 5), np.float32)), tmp_path / "float.tif")
+    assert "save it with 8" in refusal(read_picture, floats)
 
 
 @pytest.mark.parametrize("rate", [8000, 11025, 16000, 44100, 48000])
@@ -1648,15 +1399,21 @@ def test_sound_of_any_kind(tmp_path, rate, kind, channels):
     assert not lossless or np.abs(got[500:7500] - exact[500:7500]).max() < 1e-3
 
 
-@pytest.mark.parametrize("kind", ["wav", "flac", "ogg", "mp3", "aiff"])
-@pytest.mark.parametrize("part", [0.0, 0.01, 0.3, 0.9])
-def test_sound_that_is_cut_short(tmp_path, kind, part):
-    """An error that names the file, wherever its bytes end."""
-    path = tmp_path / f"x.{kind}"
-    soundfile.write(path, np.random.RandomState(0).randn(30000) / 10, 16000)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: int(part * len(whole))])
-    assert str(path) in refusal(read_sound, path, 16000)
+def test_sounds_that_cannot_be_read(tmp_path):
+    """Errors name the file, also wherever its bytes end."""
+    path, empty = tmp_path / "x.wav", tmp_path / "empty.wav"
+    path.write_bytes(b"no sound at all")
+    soundfile.write(empty, np.zeros(0), 16000)
+    errors = {tmp_path / "none.wav": "No such file", path: "not a sound", empty: "no sound", tmp_path: "Is a directory"}
+    for kind, part in itertools.product(("wav", "flac", "ogg", "mp3", "aiff"), (0.0, 0.01, 0.3, 0.9)):
+        path = tmp_path / f"{part}.{kind}"
+        soundfile.write(path, np.random.RandomState(0).randn(30000) / 10, 16000)
+        data = path.read_bytes()
+        path.write_bytes(data[: int(part * len(data))])
+        errors[path] = ""
+    for path, words in errors.items():
+        message = refusal(load_media, MelEncoder(Config()), path)
+        assert str(path) in message and words in message
 
 
 def test_sounds_with_odd_headers_and_channels(tmp_path):
@@ -1666,25 +1423,12 @@ def test_sounds_with_odd_headers_and_channels(tmp_path):
     data = (tmp_path / "x.wav").read_bytes()
     at = data.index(b"data") + 4
     for promised in (3200 + 44, 0x7FFFF000, 0xFFFFFFFF):  # the header itself, and streams
-        (tmp_path / "y.wav").write_bytes(data[:at] + promised.to_bytes(4, "little") + data[at + 4 :])
-        assert np.array_equal(read_sound(tmp_path / "y.wav", 16000), x)
+        size = promised.to_bytes(4, "little")
+        for start in (data[:at], data[:4] + size + data[8:at]):
+            (tmp_path / "y.wav").write_bytes(start + size + data[at + 4 :])
+            assert np.array_equal(read_sound(tmp_path / "y.wav", 16000), x)
     soundfile.write(tmp_path / "z.wav", np.stack([x, -x], 1), 16000, "FLOAT")
     assert np.array_equal(read_sound(tmp_path / "z.wav", 16000), x)
-
-
-def test_sound_that_cannot_be_read(tmp_path):
-    """Errors name the file; the header of a stream, which promises the largest length, is none."""
-    (tmp_path / "x.wav").write_bytes(b"no sound at all")
-    soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
-    errors = {"none.wav": "No such file", "x.wav": "not a sound", "empty.wav": "no sound", "": "Is a directory"}
-    for name, words in errors.items():
-        message = refusal(load_media, MelEncoder(Config()), tmp_path / name)
-        assert str(tmp_path / name) in message and words in message
-    soundfile.write(tmp_path / "s.wav", np.ones(500) / 2, 16000)
-    data = bytearray((tmp_path / "s.wav").read_bytes())
-    data[4:8] = data[40:44] = b"\xff\xff\xff\xff"
-    (tmp_path / "s.wav").write_bytes(data)
-    assert len(read_sound(tmp_path / "s.wav", 16000)) == 500
 
 
 @torch.no_grad()
@@ -1749,13 +1493,9 @@ class TinyTimer(Timer):
 
 @torch.no_grad()
 def test_timer():
-    """Against numpy: complex rotations, a softmax over what came before, the norms behind the sums."""
+    """Against the formulas: complex rotations, a softmax over what came before, the norms behind the sums."""
     encoder = randomise(TinyTimer(Config())).double()
-    z = arrays(encoder)
-
-    def norm(x, at):
-        x = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-5)
-        return x * z[f"{at}.weight"] + z[f"{at}.bias"]
+    z = {name: p.data for name, p in encoder.named_parameters()}
 
     def proj(x, name):
         return x @ z[f"{name}_proj.weight"].T + z.get(f"{name}_proj.bias", 0)
@@ -1765,25 +1505,25 @@ def test_timer():
         n, patches = len(points[0]), max(1, len(points[0]) // 4)
         assert len(got) == encoder.length(points) == patches
         assert list(encoder.window_ends(n)) == [n - 1 - 4 * i for i in reversed(range(patches))]
-        x = points[0].numpy()[n % 4 :] if n >= 4 else np.pad(points[0].numpy(), (4 - n, 0))  # the newest points count
+        x = points[0][n % 4 :] if n >= 4 else F.pad(points[0], (4 - n, 0))  # the newest points count
         x = x.reshape(-1, 4) @ z["model.embed_layer.emb.weight"].T
-        turn = np.exp(1j * np.outer(np.arange(patches), 10000 ** (-np.arange(4) / 4)))
+        turn = torch.from_numpy(np.exp(1j * np.outer(np.arange(patches), 10000 ** (-np.arange(4) / 4))))
         for at in ("model.layers.0", "model.layers.1"):
             out = []
             for h in (slice(0, 8), slice(8, 16)):
                 q, k, v = (proj(x, f"{at}.self_attn.{name}")[:, h] for name in "qkv")
                 q, k = ((y[:, :4] + 1j * y[:, 4:]) * turn for y in (q, k))
-                scores = np.exp((q @ k.conj().T).real / 8**0.5) * np.tri(patches)
-                out.append(scores / scores.sum(1, keepdims=True) @ v)
-            x = norm(x + proj(np.concatenate(out, 1), f"{at}.self_attn.o"), f"{at}.norm1")
+                scores = ((q @ k.mH).real / 8**0.5).exp().tril()
+                out.append(scores / scores.sum(1, keepdim=True) @ v)
+            x = norm(x + proj(torch.cat(out, 1), f"{at}.self_attn.o"), z, f"{at}.norm1")
             gate = proj(x, f"{at}.ffn_layer.gate")
-            y = gate / (1 + np.exp(-gate)) * proj(x, f"{at}.ffn_layer.up")
-            x = norm(x + proj(y, f"{at}.ffn_layer.down"), f"{at}.norm2")
-        assert distance(got, norm(x, "model.norm")) < 1e-6
+            y = gate / (1 + (-gate).exp()) * proj(x, f"{at}.ffn_layer.up")
+            x = norm(x + proj(y, f"{at}.ffn_layer.down"), z, f"{at}.norm2")
+        assert distance(got, norm(x, z, "model.norm")) < 1e-6
 
 
 def test_timer_is_loaded_and_frozen(tmp_path, monkeypatch):
-    """Its weights after training against those of the file; errors name what is missing or too much."""
+    """Its weights after training against those of the file; errors name the flag, the file, or what is too much."""
     from safetensors.torch import save_file
 
     monkeypatch.setitem(modrwkv.ENCODERS["series"], "timer", TinyTimer)
@@ -1796,8 +1536,6 @@ def test_timer_is_loaded_and_frozen(tmp_path, monkeypatch):
     weights = {name: x.contiguous() for name, x in randomise(TinyTimer(Config()), 5).state_dict().items()}
     save_file(weights | {"more": torch.zeros(1)}, tmp_path / "x.safetensors")
     assert "more is not expected" in refusal(learn, out, (data, data), *flags)
-    save_file({name: x for name, x in weights.items() if name != "model.norm.bias"}, tmp_path / "x.safetensors")
-    assert "model.norm.bias is missing" in refusal(learn, out, (data, data), *flags)
     save_file(weights, tmp_path / "x.safetensors")
     learn(out, (data, data), *flags)
     after = kept(out)
@@ -1805,15 +1543,11 @@ def test_timer_is_loaded_and_frozen(tmp_path, monkeypatch):
     assert load(out / "ckpt.pt").forecast([[math.sin(i / 3) for i in range(60)]]).shape == (1, 8)
 
 
+LENGTH = st.integers(1, 60)
+
+
 @trials(60)
-@given(
-    st.integers(1, 60),
-    st.integers(1, 60),
-    st.floats(0, 1),
-    st.floats(-1e3, 1e3),
-    st.sampled_from([0, 1e-3, 1, 1e6]),
-    SEEDS,
-)
+@given(LENGTH, LENGTH, st.floats(0, 1), st.floats(-1e3, 1e3), st.sampled_from([0, 1e-3, 1, 1e6]), SEEDS)
 def test_normalise(n, known, gaps, level, size, seed):
     """Mean and deviation against numpy's, of a series with gaps; they undo it."""
     rng = np.random.RandomState(seed)
@@ -1951,8 +1685,7 @@ def test_forecast_units(model):
 
 
 def assert_state_equal(got, want, tolerance=1e-6):
-    assert len(got) == len(want)
-    for x, y in zip(itertools.chain(*got), itertools.chain(*want)):
+    for x, y in zip(itertools.chain(*got), itertools.chain(*want), strict=True):
         assert distance(x, y) < tolerance
 
 
@@ -1968,12 +1701,13 @@ PLANS = st.lists(st.lists(st.tuples(KINDS, st.integers(1, 12)), min_size=1, max_
 
 def make_sample(plan, seed):
     """Segments of a plan [(kind, size)]."""
-    rng = np.random.RandomState(seed % 2**32)
+    rng, segments = np.random.RandomState(seed % 2**32), []
     media = {"image": picture, "audio": sound, "series": series}
-    return [
-        media[kind](rng.randint(2**31), n) if kind in media else (kind, rng.randint(0, 257, n).tolist())
-        for kind, n in plan
-    ]
+    for kind, n in plan:
+        segments.append(
+            media[kind](rng.randint(2**31), n) if kind in media else (kind, rng.randint(0, 257, n).tolist())
+        )
+    return segments
 
 
 @trials(20)
@@ -2023,21 +1757,8 @@ def test_gradients_of_a_batch(model, plans, seed):
     assert len(batch.n_targets) == sum(n_targets(model, [sample]) for sample in samples)
 
 
-class Operations(TorchDispatchMode):
-    """Counts the operations that compute: each is a kernel on a GPU. Views and what numpy does are not counted."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = Counter()
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        if not (operation.is_view or operation in (torch.ops.aten._unsafe_view.default, torch.ops.aten.detach.default)):
-            self.names[str(operation.overloadpacket)] += 1
-        return operation(*args, **(kwargs or {}))
-
-
 @pytest.mark.skipif(not modrwkv.has_kernel("cpu"), reason="the recurrence without kernel.cu takes more, by length")
-def test_operations_do_not_grow_with_the_batch(digits, capsys):
+def test_operations_do_not_grow_with_the_batch(digits):
     """A large batch's counts against a small one's, of data/digits and of all media; none waits for a GPU."""
 
     def count(model, samples):
@@ -2055,29 +1776,15 @@ def test_operations_do_not_grow_with_the_batch(digits, capsys):
     model = ModRWKV(Config())
     samples = [record_sample(model, record) for record in read_records(digits / "train.jsonl")[:64]]
     counts = count(model, samples)
-    with capsys.disabled():
-        print("\noperations at batch 64: {} in fuse, {} forward, {} backward".format(*counts))
     assert len(samples) == 64 and counts == count(model, samples[:8])
     assert counts[0] <= 30 and counts[1] <= 160 and counts[2] <= 320
     model = ModRWKV(dataclasses.replace(SMALL, scan="multi", n_layer=4))
-    mixed = [
-        [picture(i, 1 + i % 5), sound(i, 9 + i), series(i, 5 + i), text("a" * i), ("answer", [20] * (1 + i))]
-        for i in range(16)
-    ]
-    mixed += [model.window(torch.arange(90).double().sin(), random.Random(i)) for i in range(4)]
+    plans = (
+        [("image", 1 + i % 5), ("audio", 9 + i), ("series", 5 + i), ("text", i), ("answer", 1 + i)] for i in range(16)
+    )
+    mixed = [make_sample(plan, i) for i, plan in enumerate(plans)]
+    mixed += [model.window(walk(90), random.Random(i)) for i in range(4)]
     assert count(model, mixed) == count(model, mixed[-7:])
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float64, 1e-5), (torch.bfloat16, 0.03)])
-def test_precision(dtype, tolerance):
-    """Logits against those in float32; the state stays in float32 at least."""
-    segments = [text("what is this?"), picture(1), text(" Assistant:")]
-    model = randomise(ModRWKV(SMALL))
-    exact = model([segments])[0]
-    got, state = model.to(dtype)([segments])
-    assert got.dtype == dtype and distance(got, exact) < tolerance
-    assert all(S.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) for _, S, _ in state)
 
 
 def answer(model, segments, state=None, **how):
@@ -2179,11 +1886,7 @@ def test_sampling_distribution(how, want):
 
 
 def test_scan_orders_of_a_grid():
-    """Against numpy's transpose of 3 rows of 4, and by hand where windows end on some patches only."""
-    span = range(10, 22)
-    forward, backward, down, up = map(list, modrwkv.scan(span, range(12), 4))
-    assert forward == list(span) and backward == forward[::-1] and up == down[::-1]
-    assert down == np.arange(10, 22).reshape(3, 4).T.flatten().tolist()
+    """By hand where windows end on some patches only; where on each, test_scan_by_layers looks."""
     ends = [1, 3, 5, 7, 9, 11]  # the second and last column of each row
     assert list(modrwkv.scan(range(6), ends, 4)[2]) == [0, 2, 4, 1, 3, 5]
     assert list(modrwkv.scan(range(4), range(4), 4)[2]) == [0, 1, 2, 3]  # one row: down is forward
@@ -2216,20 +1919,18 @@ def test_scan_by_layers(rwkv, scan):
 
 SHORT = "Answer the question using a single word or phrase."
 LOOK = ["Look:\n<image>\nWhat is it?", "Which colour?"]
+ARRANGED = [
+    ("written", LOOK, "Look:\n<image>\nWhat is it?"),
+    ("first", LOOK, "<image>\nLook:\nWhat is it?"),
+    ("last", LOOK, "Look:\nWhat is it?\n<image>"),
+    ("sandwich", LOOK, "Look:\nWhat is it?\nWhich colour?\n<image>\nLook:\nWhat is it?"),
+    ("sandwich", [f"<image>\nSame as <image>?\n{SHORT}"], f"Same as ?\n<image>\n<image>\nSame as ?\n{SHORT}"),
+    ("first", ["Same as <image> or <image>?"], "<image>\n<image>\nSame as  or ?"),
+    ("sandwich", ["No picture?"], "No picture?"),
+]
 
 
-@pytest.mark.parametrize(
-    "style,questions,want",
-    [
-        ("written", LOOK, "Look:\n<image>\nWhat is it?"),
-        ("first", LOOK, "<image>\nLook:\nWhat is it?"),
-        ("last", LOOK, "Look:\nWhat is it?\n<image>"),
-        ("sandwich", LOOK, "Look:\nWhat is it?\nWhich colour?\n<image>\nLook:\nWhat is it?"),
-        ("sandwich", [f"<image>\nSame as <image>?\n{SHORT}"], f"Same as ?\n<image>\n<image>\nSame as ?\n{SHORT}"),
-        ("first", ["Same as <image> or <image>?"], "<image>\n<image>\nSame as  or ?"),
-        ("sandwich", ["No picture?"], "No picture?"),
-    ],
-)
+@pytest.mark.parametrize("style,questions,want", ARRANGED)
 def test_prompt_styles(style, questions, want):
     """Against the first question spelled out; those after it stay as they are."""
     config, media = dataclasses.replace(SMALL, prompt_style=style), iter([picture(0), picture(1)])
@@ -2360,11 +2061,10 @@ def test_a_checkpoint_of_an_earlier_version_loads_and_resumes(tmp_path, monkeypa
 
 FULL = OSError(28, "No space left on device")
 UNOPENED = RuntimeError("enforce fail: file not opened")  # torch's
+FAILURES = [("os.fsync", FULL), ("torch.save", FULL), ("torch.save", UNOPENED), ("os.replace", FULL)]
 
 
-@pytest.mark.parametrize(
-    "broken,error", [("os.fsync", FULL), ("torch.save", FULL), ("torch.save", UNOPENED), ("os.replace", FULL)]
-)
+@pytest.mark.parametrize("broken,error", FAILURES)
 def test_a_failing_save_leaves_what_was_there(checkpoint, monkeypatch, broken, error):
     """The folder's bytes before and after."""
     path, model = checkpoint
@@ -2386,29 +2086,25 @@ FOREIGN = [([1, 2], "no model"), (ONES, "no model"), ({"state_dict": {}}, "elsew
 FOREIGN += [({"model": {"wte": ONES}, "config": {}}, "emb.weight"), ({"model": ONES, "config": {}}, "elsewhere")]
 
 
-@pytest.mark.parametrize("content,reason", FOREIGN)
-def test_files_that_are_no_checkpoints(tmp_path, content, reason):
-    """Each is named, with the reason."""
-    torch.save(content, tmp_path / "x.pt")
-    message = refusal(load, tmp_path / "x.pt")
-    assert str(tmp_path / "x.pt") in message and reason in message
-
-
 class Evil:
     def __reduce__(self):
         return os.mkdir, (self.path,)
 
 
-def test_a_checkpoint_runs_no_code(tmp_path):
-    """Files that make a folder when they are unpickled, as torch does where it trusts them."""
-    Evil.path = str(tmp_path / "ran")
-    torch.save({"model": {"emb.weight": Evil()}, "config": {}}, tmp_path / "torch.pt")
-    (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"emb.weight": Evil()}))
-    for name in ("torch.pt", "pickle.pt"):
-        assert name in refusal(load, tmp_path / name)
-    assert not (tmp_path / "ran").exists()
-    torch.load(tmp_path / "torch.pt", weights_only=False)
-    assert (tmp_path / "ran").exists()
+def test_files_that_are_no_checkpoints(tmp_path):
+    """Each is named, with the reason; code in them, which makes a folder where torch trusts it, does not run."""
+    Evil.path, path = str(tmp_path / "ran"), tmp_path / "x.pt"
+    evil = {"model": {"emb.weight": Evil()}, "config": {}}
+    for content, reason in [*FOREIGN, (evil, "safely")]:
+        torch.save(content, path)
+        message = refusal(load, path)
+        assert str(path) in message and reason in message
+    torch_file = path.read_bytes()
+    path.write_bytes(pickle.dumps(evil))
+    assert "safely" in refusal(load, path) and not os.path.exists(Evil.path)
+    path.write_bytes(torch_file)
+    torch.load(path, weights_only=False)
+    assert os.path.exists(Evil.path)
 
 
 # fmt: off
@@ -2455,33 +2151,6 @@ def under(prefix, z):
 def ones(*names):
     """Tensors of an encoder, which are left out."""
     return {name: torch.ones(2) for name in names}
-
-
-def layer(x, z, name):
-    return x @ z[f"{name}.weight"].T + z[f"{name}.bias"]
-
-
-def norm(y, z, name):
-    variance = y.var(1, correction=0, keepdim=True)
-    return (y - y.mean(1, keepdim=True)) / (variance + 1e-5).sqrt() * z[f"{name}.weight"] + z[f"{name}.bias"]
-
-
-def vision_adapter(z, x, first):
-    """ModRWKV's equation 3 as its code has it."""
-    y = layer(layer(x, z, f"{first}.0").clamp(min=0), z, f"{first}.2")
-    return y + norm(y, z, "pre_norm")
-
-
-def speech_adapter(z, x):
-    """A Conv1D of kernel 3, stride 2, then ModRWKV's mlp."""
-    x = torch.cat([torch.zeros(2, x.shape[1]), x, torch.zeros(2, x.shape[1])])
-    windows = [sum(z["conv.weight"][:, :, j] @ x[i + j] for j in range(3)) for i in range(0, len(x) - 2, 2)]
-    return layer(layer(torch.stack(windows) + z["conv.bias"], z, "proj.0").clamp(min=0), z, "proj.2")
-
-
-def gated_adapter(z, x):
-    """VisualRWKV 7.00's."""
-    return norm((x / (1 + (-x @ z["gate.weight"].T).exp())) @ z["o_proj.weight"].T, z, "ln_v")
 
 
 # fmt: off
