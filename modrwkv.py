@@ -2014,6 +2014,8 @@ def load(path, device="cpu", dtype="auto", **changes):
     Raises InputError if the file cannot be read or does not fit, naming what is missing or too much.
     """
     data = own_checkpoint(read_file(path, mmap=True), path)
+    if data and data.get("base"):
+        raise InputError(f"{path} holds no language model: data.released.load reads {data['base']['path']}, too")
     if not data:
         others = "data.released.load reads other released models"
         raise InputError(f"{path} is neither a checkpoint of train.py nor BlinkDL's; {others}")

@@ -25,7 +25,7 @@ from data.answers import ask, generate_text
 from data.flags import find_device, flags
 from data.media import check_media, media_list, read_series, some_weights
 from data.records import media_segments, place, question, read_records
-from data.released import load, read_checkpoint
+from data.released import MODALITIES, load, read_checkpoint
 from data.scores import benchmark, draw_forecasts, report, score
 from data.text import conversation, get_tokenizer
 from modrwkv import (
@@ -231,14 +231,14 @@ def print_info(path, changes):
     """Prints what a checkpoint is; its pretrained encoders, which it does not hold, need not be here."""
     contents = read_checkpoint(path)
     encoders = {f"{kind}_encoder": kind for kind in MEDIA}
-    config = model_from_checkpoint(contents, path, **changes | dict.fromkeys(encoders, "none")).config
+    config = model_from_checkpoint(contents, path, "auto", **changes | dict.fromkeys(encoders, "none")).config
     for name in encoders:
         setattr(config, name, changes.get(name) or contents["config"].get(name, getattr(Config, name)))
     takes = ["text"] + [kind for name, kind in encoders.items() if getattr(config, name) != "none"]
     print(f"{path}: RWKV-{config.rwkv} of {config.n_layer} layers x {config.n_embd}; takes {', '.join(takes)}")
     weights = contents["model"]
     total = sum(x.numel() for x in weights.values())
-    others = sum(x.numel() for n, x in weights.items() if n.startswith(("encoder.", "adapter.", "forecast_head.")))
+    others = sum(x.numel() for name, x in weights.items() if name.startswith(MODALITIES))
     print(f"parameters: {total - others:,} of the language model, {others:,} of encoders and adapters")
     if "train" in contents:
         run = contents["train"]
