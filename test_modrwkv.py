@@ -5581,39 +5581,20 @@ def test_the_vocabulary_beside_a_language_model_is_found_for_its_adapters(adapte
         assert os.environ["RWKV_VOCABULARY"] == str(folder / WORLD_VOCABULARY)
 
 
-BLOCKS = {  # by layout, as in the README: the download, and the question
-    "BlinkDL": """
-hf download BlinkDL/rwkv-7-world RWKV-x070-World-0.4B-v2.9-20250107-ctx4096.pth --local-dir=models
-python sample.py --checkpoint=models/RWKV-x070-World-0.4B-v2.9-20250107-ctx4096.pth --prompt="Why is the sky blue?"
-""",
-    "fla": """
-hf download fla-hub/rwkv7-0.4B-world --local-dir=models/rwkv7-0.4B-world
-python sample.py --checkpoint=models/rwkv7-0.4B-world --prompt="Why is the sky blue?"
-""",
-    "WorldRWKV, pictures": """
-hf download WorldRWKV/RWKV7-0.4B-siglip2 rwkv-0.pth --local-dir=models/siglip2
-python sample.py --checkpoint=models/siglip2/rwkv-0.pth --image=cat.jpg --prompt="What is in the picture?"
-""",
-    "WorldRWKV, speech": """
-hf download WorldRWKV/RWKV7-0.4B-wavlmLarge-ENASR-demo rwkv-0.pth --local-dir=models/wavlm
-python sample.py --checkpoint=models/wavlm/rwkv-0.pth --audio=speech.wav
-""",
-    "VisualRWKV 6.0": """
-hf download howard-hou/visualrwkv-6 VisualRWKV-v060-1B6-v1.0-20240612.pth --local-dir=models
-python sample.py --checkpoint=models/VisualRWKV-v060-1B6-v1.0-20240612.pth --image=cat.jpg --prompt="What is it?"
-""",
-}
+COMMANDS = (REPO / "README.md").read_text(encoding="utf-8").splitlines()
+DOWNLOADS = [i for i, line in enumerate(COMMANDS) if line.startswith("hf download")]
+LAYOUTS_OF_THE_README = "BlinkDL", "fla", "WorldRWKV, pictures", "WorldRWKV, speech", "VisualRWKV 6.0"
 
 
-@pytest.mark.parametrize("layout", BLOCKS)
-def test_blocks_of_the_readme_from_a_released_file_to_an_answer(layout, folders, official, tmp_path, monkeypatch):
+@pytest.mark.parametrize("i,layout", zip(DOWNLOADS, LAYOUTS_OF_THE_README, strict=True))
+def test_blocks_of_the_readme_from_a_released_file_to_an_answer(i, layout, folders, official, tmp_path, monkeypatch):
     """With a random file of the layout in the place of the download, and tiny encoders in those of the hub."""
     monkeypatch.setenv("RWKV_VOCABULARY", "")
     monkeypatch.chdir(tmp_path)
     for name in ("siglip", "clip", "wavlm"):
         family, model, _ = modrwkv.FAMILIES[name]
         monkeypatch.setitem(modrwkv.FAMILIES, name, (family, model, folders(name)))
-    download, ask = [shlex.split(line) for line in BLOCKS[layout].strip().splitlines()]
+    download, ask = map(shlex.split, COMMANDS[i : i + 2])
     *files, place = download[3:]
     place = tmp_path / place.removeprefix("--local-dir=")
     adapter = mlp(C_, 2, 32, "proj")
