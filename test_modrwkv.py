@@ -3739,7 +3739,7 @@ COMMANDS = [
 def test_sample_command(record, flags):
     """Against what a shell makes of it."""
     record = dict(record, _folder=os.path.join(os.getcwd(), "x"))
-    assert shlex.split(data_records.sample_command(record)) == flags
+    assert shlex.split(data_scores.sample_command(record)) == flags
 
 
 def test_a_language_model_is_given_the_encoder_of_the_presets(trained, counting, tmp_path, monkeypatch):

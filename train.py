@@ -28,10 +28,10 @@ from tqdm import tqdm
 
 import modrwkv
 from data.batches import Batches
-from data.flags import find_device, flags
-from data.records import cache_media, find_data, presets, read_data, sample_command
+from data.flags import autocast_dtype, find_device, flags
+from data.records import cache_media, find_data, presets, read_data
 from data.released import MODALITIES, base_of, read_checkpoint, read_safetensors
-from data.scores import draw_curve, errors, evaluate, report
+from data.scores import draw_curve, errors, evaluate, report, sample_command
 from modrwkv import ENCODERS, MEDIA, Config, InputError, ModRWKV, model_from_checkpoint, setting
 
 
@@ -103,15 +103,6 @@ def start_process(s):
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # counts are exchanged on the CPU
         dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # others wait while the first one scores
     return rank, world, device
-
-
-def autocast_dtype(name, device):
-    """The dtype of --dtype; auto: bfloat16 where the hardware multiplies in it, on older GPUs float16, else float32."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":  # is_bf16_supported() also says yes where it is emulated
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    return torch.bfloat16 if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else torch.float32
 
 
 def read_run(path, s, given):

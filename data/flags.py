@@ -1,4 +1,4 @@
-"""Command-line flags for the fields of dataclasses, and the device that --device names."""
+"""Command-line flags for the fields of dataclasses, and what --device and --dtype name."""
 
 import argparse
 import dataclasses
@@ -18,6 +18,15 @@ def find_device(name):
         return torch.zeros(1, device=name).device  # "cuda" becomes "cuda:0"
     except (RuntimeError, AssertionError) as e:  # torch built without CUDA asserts
         raise InputError(f"--device={name} cannot be used here: {str(e).splitlines()[0]}") from e
+
+
+def autocast_dtype(name, device):
+    """The dtype of --dtype; auto: bfloat16 where the hardware multiplies in it, on older GPUs float16, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":  # is_bf16_supported() also says yes where it is emulated
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    return torch.bfloat16 if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else torch.float32
 
 
 def flags(about, *classes, argv=None, presets=None):

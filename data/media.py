@@ -290,10 +290,10 @@ def check_media(kind, x):
 def fingerprint(encoder):
     """A key, equal for equal weights, config and preparation, wherever they lie; copies without weights keep it."""
     if not hasattr(encoder, "fingerprint"):
-        values = [some_weights(model, 64) for model in encoder.models]
         configs = [model.config.to_dict() | {"_name_or_path": ""} for model in encoder.models]
-        values.append(repr((configs, encoder.preparations)).encode())
-        encoder.fingerprint = hashlib.sha256(b"".join(values)).hexdigest()
+        preparation = repr((configs, encoder.preparations)).encode()
+        values = [some_weights(model, 64) for model in encoder.models]
+        encoder.fingerprint = hashlib.sha256(b"".join([*values, preparation])).hexdigest()
     return encoder.fingerprint
 
 

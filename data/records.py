@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import os
-import shlex
 import subprocess
 import sys
 
@@ -216,20 +215,6 @@ def held_out_samples(model, records, ctx_len):
             [(_, ids)] = sample
             for i in range(0, len(ids) - 1, ctx_len):
                 yield [("answer", ids[i : i + ctx_len + 1])]
-
-
-def sample_command(record):
-    """The flags of sample.py that ask what a record asks first."""
-    if not record.get("conversations"):
-        return "--series=NUMBERS.csv" if "target" in record else "--raw --temperature=0.8"
-    question, _ = record_turns(record)[0]
-    media = list(record_media(record))[: len(PLACEHOLDER.findall(question))]
-    words = []
-    for kind in MEDIA:
-        paths = [os.path.relpath(path) if isinstance(path, str) else "NUMBERS.csv" for k, path in media if k == kind]
-        words += [f"--{kind}={shlex.quote(','.join(paths))}"] if paths else []
-    prompt = PLACEHOLDER.sub("", question).strip() if len(media) == 1 and PLACEHOLDER.match(question) else question
-    return " ".join(words + ([f"--prompt={shlex.quote(prompt)}"] if prompt else []))
 
 
 # --------------------------------------------------------------------------------------------------- data sets

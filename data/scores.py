@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shlex
 import sys
 import unicodedata
 from collections import Counter
@@ -16,7 +17,7 @@ from data.answers import ask
 from data.media import read_series, read_table
 from data.records import held_out_samples, read_records, record_media, record_turns
 from data.text import PLACEHOLDER
-from modrwkv import InputError, normalise
+from modrwkv import MEDIA, InputError, normalise
 
 WORD_ERRORS = "substitutions", "deletions", "insertions"
 
@@ -115,6 +116,20 @@ def report(records, answers, examples=6):
         question = " ".join(PLACEHOLDER.sub("", question).split())
         mark = "ok " if answer == truth.strip() else "NO "
         print(f"  {mark} {paths}  {question}  {answer!r}, truth {truth.strip()!r}")
+
+
+def sample_command(record):
+    """The flags of sample.py that ask what a record asks first."""
+    if not record.get("conversations"):
+        return "--series=NUMBERS.csv" if "target" in record else "--raw --temperature=0.8"
+    question, _ = record_turns(record)[0]
+    media = list(record_media(record))[: len(PLACEHOLDER.findall(question))]
+    words = []
+    for kind in MEDIA:
+        paths = [os.path.relpath(path) if isinstance(path, str) else "NUMBERS.csv" for k, path in media if k == kind]
+        words += [f"--{kind}={shlex.quote(','.join(paths))}"] if paths else []
+    prompt = PLACEHOLDER.sub("", question).strip() if len(media) == 1 and PLACEHOLDER.match(question) else question
+    return " ".join(words + ([f"--prompt={shlex.quote(prompt)}"] if prompt else []))
 
 
 def benchmark(model, path, batch_size):
