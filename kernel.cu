@@ -15,6 +15,8 @@
 //
 // Compiled by nvcc for sm_75 and later (`compile_for_gpu` has the command); sm_75 has no cp.async, there the header's calls copy
 // at once. The tests run this text on a CPU (cuda_on_cpu.h).
+// Modelled for sm_90 in bfloat16, never measured: 1,070 clocks for a step of one head, 218 forward and 852 backward (1,215
+// in a stricter accounting); the official kernel has 1,900.
 //
 // Tiles. A thread holds R = 8 rows x C columns of the state. LANES = N / C lanes side by side hold a row group, 8 whole rows;
 // 32 / LANES row groups make a warp. With N = 64 and C = 4:
