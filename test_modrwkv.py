@@ -5588,7 +5588,7 @@ DOWNLOADS = [i for i, line in enumerate(COMMANDS) if line.startswith("hf downloa
 LAYOUTS_OF_THE_README = "BlinkDL", "fla", "WorldRWKV, pictures", "WorldRWKV, speech", "VisualRWKV 6.0"
 
 
-@pytest.mark.parametrize("i,layout", zip(DOWNLOADS, LAYOUTS_OF_THE_README, strict=True))
+@pytest.mark.parametrize("i,layout", list(zip(DOWNLOADS, LAYOUTS_OF_THE_README, strict=True)))
 def test_blocks_of_the_readme_from_a_released_file_to_an_answer(i, layout, folders, official, tmp_path, monkeypatch):
     """With a random file of the layout in the place of the download, and tiny encoders in those of the hub."""
     monkeypatch.setenv("RWKV_VOCABULARY", "")
