@@ -151,17 +151,18 @@ def measure(s):
     model.to(device).eval()
     timed(generate(model, sample if kind == "image" else QUESTION, 4, *more), time.time)  # warms up
     before, cpu, t0 = peak_memory(device, reset=True), time.process_time(), time.perf_counter()
-    runs = []
+    runs, peaks = [], []
     for _ in range(3 if vectors < 2000 else 1):
         times, state = timed(generate(model, sample, s.new_tokens, *more), CLOCKS[s.clock])
         token = statistics.median(b - a for a, b in itertools.pairwise(times))
         runs.append((times[0], token, times[-1]))
+        peaks.append(peak_memory(device) - before)
     first, token, total = map(statistics.median, zip(*runs))
     return {
         "first": first,
         "token": token,
         "total": total,
-        "memory": peak_memory(device) - before,
+        "memory": peaks[0],
         "state": state,
         "vectors": vectors,
         "parameters": n_parameters(model),
