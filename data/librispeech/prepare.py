@@ -26,7 +26,11 @@ def unpack(archive, folder):
     shutil.rmtree(f"{folder}.partial", ignore_errors=True)
     try:
         with tarfile.open(archive) as tar:
-            tar.extractall(f"{folder}.partial", filter="data")
+            safe = {"filter": "data"}
+            if not hasattr(tarfile, "data_filter"):  # Python before 3.10.12 and 3.11.4
+                inside = [x for x in tar if x.isreg() and not x.name.startswith("/") and ".." not in x.name]
+                safe = {"members": inside}
+            tar.extractall(f"{folder}.partial", **safe)
     except (tarfile.TarError, zlib.error, EOFError, OSError) as e:
         shutil.rmtree(f"{folder}.partial", ignore_errors=True)
         sys.exit(f"error: {archive} cannot be unpacked, it may be cut short: {e}")
