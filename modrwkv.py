@@ -488,6 +488,8 @@ def token_shift(x, last, lengths):
 
     last: (B, C), the one before x, or None for zeros.
     """
+    if x.shape[1] == 1 and last is not None and lengths is None:
+        return last[:, None].to(x.dtype), x[:, 0]
     x_prev = F.pad(x, (0, 0, 1, -1)) if last is None else torch.cat([last[:, None].to(x.dtype), x[:, :-1]], 1)
     if lengths is None:
         return x_prev, x[:, -1].clone()  # a view would hold all of x in memory
