@@ -12,7 +12,6 @@ python sample.py --checkpoint=series --eval=ETTh1.csv
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import os
 import re
@@ -22,10 +21,10 @@ from dataclasses import dataclass
 import torch
 
 from data.answers import ask, generate_text
-from data.flags import find_device, flags
-from data.media import check_media, media_list, read_series, some_weights
+from data.flags import DTYPES, find_device, flags, run
+from data.media import check_media, media_list, read_series
 from data.records import media_segments, place, question, read_records
-from data.released import MODALITIES, load, read_checkpoint
+from data.released import MODALITIES, fingerprint, load, read_checkpoint
 from data.scores import benchmark, draw_forecasts, report, score
 from data.text import conversation, get_tokenizer
 from modrwkv import (
@@ -40,8 +39,6 @@ from modrwkv import (
     traced_step,
     write,
 )
-
-DTYPES = "auto", "float32", "bfloat16", "float16"
 
 
 @dataclass
@@ -200,22 +197,18 @@ class Chat:
         if self.state is None:
             raise InputError("there is no conversation to save yet")
         state = [tuple(x.clone() for x in s) for s in self.state]
-        write(path, {"state": state, "begun": self.begun, "of": self.fingerprint()})
+        write(path, {"state": state, "begun": self.begun, "of": fingerprint(self.model.state_dict())})
 
     def load_state(self, path):
         """Goes on with the conversation in a file of save_state, which was with the same model."""
         contents = read_file(path)
         if not isinstance(contents, dict) or set(contents) != {"state", "begun", "of"}:
             raise InputError(f"{path} is no file of --save_state")
-        if contents["of"] != self.fingerprint():
+        if contents["of"] != fingerprint(self.model.state_dict()):
             raise InputError(f"{path} is the state of other weights, or of these in another --dtype")
         device = self.model.emb.weight.device
         self.state = [tuple(x.to(device) for x in s) for s in contents["state"]]
         self.begun = contents["begun"]
-
-    def fingerprint(self):
-        """Of the weights, as they are loaded."""
-        return hashlib.sha256(some_weights(self.model, 4)).hexdigest()
 
     def forecast(self, series, horizon=None):
         """The next points of a series (a path, or numbers), as a list of floats in its units.
@@ -383,9 +376,4 @@ if __name__ == "__main__":
     sys.stdin.reconfigure(errors="surrogateescape")
     for stream in (sys.stdout, sys.stderr):  # a console that is not UTF-8 shows \\u4e2d, and loses nothing
         stream.reconfigure(errors="backslashreplace")
-    try:
-        main()
-    except (InputError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(main)

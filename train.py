@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import modrwkv
 from data.batches import Batches
-from data.flags import autocast_dtype, find_device, flags
+from data.flags import DTYPES, autocast_dtype, find_device, flags, peak_memory, run
 from data.records import cache_media, find_data, presets, read_data
 from data.released import MODALITIES, base_of, read_checkpoint, read_safetensors
 from data.scores import draw_curve, errors, evaluate, report, sample_command
@@ -79,7 +79,7 @@ class Train:
     shard: bool = setting(False, "under torchrun, keep a part of weights, gradients and moments each (FSDP2)")
     compile: bool = setting(None, "torch.compile the blocks; by default on CUDA, where Triton is installed")
     device: str = setting("auto", "auto, cpu, cuda, cuda:1, mps")
-    dtype: str = setting("auto", "of autocast; auto: by hardware", ("auto", "float32", "bfloat16", "float16"))
+    dtype: str = setting("auto", "of autocast; auto: by hardware", DTYPES)
     seed: int = setting(1, "of the initial weights and the order of the data")
 
 
@@ -212,20 +212,6 @@ def memory_advice():
             raise
         less = "a larger --grad_accum, a smaller --batch_size, --checkpoint_activations, or --shard under torchrun"
         raise InputError(f"out of memory: take {less}") from e
-
-
-def peak_memory(device, reset=False):
-    """The most bytes that were allocated on the GPU, or that this process had, since a reset; 0 where not known."""
-    if device.type == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.max_memory_allocated(device)
-    if reset:
-        with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as f:
-            f.write("5")
-    with contextlib.suppress(OSError), open("/proc/self/status") as f:  # Linux
-        return 1024 * int(f.read().split("VmHWM:")[1].split()[0])
-    return 0
 
 
 def try_longest(objective, batches, scaler, amp, device):
@@ -539,9 +525,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(main)

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from data import long
+from data.flags import run
 from modrwkv import InputError, read_file
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -141,9 +142,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(main)

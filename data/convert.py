@@ -8,6 +8,7 @@ a folder of model.safetensors. By default *.pt has our layout, *.pth BlinkDL's, 
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import sys
 import torch
 
 import modrwkv
+from data.flags import DTYPES, run
 from data.released import AUGUST, FLA, LAYOUTS, MODALITIES, read_checkpoint, released_config, rename, safetensors, size
 from modrwkv import ENCODERS, FAMILIES, MEDIA, Config, InputError, model_from_checkpoint
 
@@ -167,10 +169,7 @@ def main(argv=None):
     parser.add_argument("source", metavar="IN")
     parser.add_argument("target", metavar="OUT")
     parser.add_argument("--layout", choices=HOLDS)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="by default each tensor's own")
+    parser.add_argument("--dtype", choices=DTYPES[1:], help="by default each tensor's own")
     given = parser.parse_args(argv)
     dtype = getattr(torch, given.dtype) if given.dtype else None
-    try:
-        convert(given.source, given.target, given.layout, dtype)
-    except (InputError, OSError) as e:
-        sys.exit(f"error: {e}")
+    run(functools.partial(convert, given.source, given.target, given.layout, dtype))

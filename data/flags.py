@@ -1,6 +1,7 @@
-"""Command-line flags for the fields of dataclasses, and what --device and --dtype name."""
+"""What scripts share: flags for the fields of dataclasses, what --device and --dtype name, errors as one line."""
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import sys
@@ -8,6 +9,18 @@ import sys
 import torch
 
 from modrwkv import InputError, check_settings
+
+DTYPES = "auto", "float32", "bfloat16", "float16"
+
+
+def run(main):
+    """main(), with what the user gave wrong as one line, and Ctrl-C without a traceback."""
+    try:
+        main()
+    except (InputError, OSError) as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def find_device(name):
@@ -27,6 +40,20 @@ def autocast_dtype(name, device):
     if device.type == "cuda":  # is_bf16_supported() also says yes where it is emulated
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
     return torch.bfloat16 if device.type == "cpu" and torch.cpu._is_amx_tile_supported() else torch.float32
+
+
+def peak_memory(device, reset=False):
+    """The most bytes that were allocated on the GPU, or that this process had, since a reset; 0 where not known."""
+    if device.type == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device)
+    if reset:
+        with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as f:
+            f.write("5")
+    with contextlib.suppress(OSError), open("/proc/self/status") as f:  # Linux
+        return 1024 * int(f.read().split("VmHWM:")[1].split()[0])
+    return 0
 
 
 def flags(about, *classes, argv=None, presets=None):

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
-from data.flags import find_device, flags
+from data.flags import find_device, flags, peak_memory, run
 from modrwkv import TRACE_AFTER, Config, InputError, ModRWKV, load, setting, traced_step
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -54,21 +54,11 @@ class Long:
 # --------------------------------------------------------------------------------------------------- one point
 
 
-def peak_memory(device, reset=False):
-    """The most bytes that were allocated on the GPU, or that this process had, since a reset; 0 where not known."""
-    if device.type == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.max_memory_allocated(device)
-    if reset:
-        gc.collect()
-        with contextlib.suppress(OSError, AttributeError):  # what malloc keeps would hide what is taken next
-            ctypes.CDLL(None).malloc_trim(0)
-        with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as f:
-            f.write("5")
-    with contextlib.suppress(OSError), open("/proc/self/status") as f:  # Linux
-        return 1024 * int(f.read().split("VmHWM:")[1].split()[0])
-    return 0
+def give_back_memory():
+    """What malloc keeps would hide what is taken next."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # Linux's C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def n_parameters(model):
@@ -150,6 +140,7 @@ def measure(s):
         model, generate, more = llama(model), llama_tokens, (kind == "static",)
     model.to(device).eval()
     timed(generate(model, sample if kind == "image" else QUESTION, 4, *more), time.time)  # warms up
+    give_back_memory()
     before, cpu, t0 = peak_memory(device, reset=True), time.process_time(), time.perf_counter()
     runs, peaks = [], []
     for _ in range(3 if vectors < 2000 else 1):
@@ -344,9 +335,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (InputError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(main)

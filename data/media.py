@@ -290,17 +290,15 @@ def check_media(kind, x):
 def fingerprint(encoder):
     """A key, equal for equal weights, config and preparation, wherever they lie; copies without weights keep it."""
     if not hasattr(encoder, "fingerprint"):
+        values = [
+            p.flatten()[:: max(1, p.numel() // 64)].float().cpu().numpy().tobytes()
+            for model in encoder.models
+            for p in model.parameters()
+        ]
         configs = [model.config.to_dict() | {"_name_or_path": ""} for model in encoder.models]
-        preparation = repr((configs, encoder.preparations)).encode()
-        values = [some_weights(model, 64) for model in encoder.models]
-        encoder.fingerprint = hashlib.sha256(b"".join([*values, preparation])).hexdigest()
+        values.append(repr((configs, encoder.preparations)).encode())
+        encoder.fingerprint = hashlib.sha256(b"".join(values)).hexdigest()
     return encoder.fingerprint
-
-
-def some_weights(model, n):
-    """About n numbers of each parameter, as bytes."""
-    flat = [p.detach().flatten() for p in model.parameters()]
-    return b"".join(x[:: max(1, len(x) // n)].float().cpu().numpy().tobytes() for x in flat)
 
 
 def feature_file(encoder, path, folder):

@@ -231,7 +231,7 @@ def fingerprint(weights):
         unused = re.fullmatch(r"blocks\.0\.att\.v[012]", name)  # layer 0 has none, but some files do
         if torch.is_tensor(x) and not name.startswith(MODALITIES) and not unused:
             digest.update(f"{name} {x.numel()}".encode())
-            digest.update(x.reshape(-1)[:: max(1, x.numel() // 64)].double().numpy().tobytes())
+            digest.update(x.reshape(-1)[:: max(1, x.numel() // 64)].cpu().double().numpy().tobytes())
     return digest.hexdigest()
 
 
