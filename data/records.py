@@ -281,9 +281,8 @@ def prepare(name):
     print(f"preparing data/{name} ...", flush=True)
     code = subprocess.run([sys.executable, os.path.join(HERE, name, "prepare.py")]).returncode
     if code == 2:  # argparse's: it takes a path
-        raise InputError(
-            f"data/{name} is made from files of your own: python data/{name}/prepare.py --help says from which"
-        )
+        advice = f"python data/{name}/prepare.py --help says from which"
+        raise InputError(f"data/{name} is made from files of your own: {advice}")
     if code:
         raise InputError(f"data/{name}/prepare.py did not finish: see its message above")
 
