@@ -2291,35 +2291,42 @@ def test_released_layouts(layout, pretrained, official, official_before_7, tmp_p
 
 
 SIZED = "emb.weight embeddings.weight r_k time_faaaa .w1 .v1 [wv]_lora.lora.0.weight time_decay_w1 ffn.key.weight"
-SIZED += " (mlp|proj).2.weight conv.bias gate.weight"
+SIZED += " (mlp|proj).2.weight"
+TELLING = "conv.bias", "gate.weight"  # without these it is another layout that the file does not fit
 
 
-@pytest.mark.parametrize("layout", RELEASED)
-def test_checkpoints_that_do_not_fit(layout, pretrained, tmp_path, monkeypatch):
-    """What is missing, too much or misshapen is named as the file names it. SIZED tensors tell what fits, and without
-    a proj.weight there is no adapter."""
-    path, _ = released(layout, tmp_path / "x.pth")
-    data, sized = torch.load(path), re.compile(f"({'|'.join(SIZED.split())})$")
+def shape_of(x):
+    return [n for n in x.shape if n > 1]
+
+
+@pytest.mark.parametrize("layout", ["ours", *RELEASED])
+def test_checkpoints_that_do_not_fit(layout, pretrained, checkpoint, tmp_path, monkeypatch):
+    """What is missing, too much or misshapen is named as the file names it. SIZED tensors tell what fits."""
+    path = checkpoint[0] if layout == "ours" else released(layout, tmp_path / "x.pth")[0]
+    file, sized = torch.load(path), re.compile(f"({'|'.join(SIZED.split())})$")
+    data = file.get("model", file)
 
     def message(name, x):
         z = data | {name: x}
         if x is None:
             del z[name]
-        monkeypatch.setattr("data.released.read_any_file", lambda *_: z)
+        monkeypatch.setattr("data.released.read_any_file", lambda *_: file | {"model": z} if layout == "ours" else z)
         words = refusal(load, path)
         assert words.startswith(str(path))
         return words
 
-    names = [name for name, x in data.items() if x.shape != (2,) and name != "proj.weight"]
-    for i, name in enumerate(name for name in names if not re.search(r"(blocks|layers)\.0\.", name)):
-        x, wrong = data[name], [None, 5]
-        if not sized.search(name):
-            wrong.append(torch.cat([x, x], -1))
-        if not sized.search(name) and x.dim() == 2 and len(x) != len(x.T):
-            wrong.append(x.T)
-        words = message(name, wrong[i % len(wrong)])
-        other_name = name.replace("adapter.mlp", "adapter.proj") if "July" in layout else name  # in other files
-        assert name in words or other_name in words or name.endswith(("conv.bias", "gate.weight"))
+    for i, (name, x) in enumerate(data.items()):
+        tells = sized.search(name)
+        if x.shape == (2,) or re.search(r"(blocks|layers)\.0\.", name) and not tells or ".0.att.v" in name:
+            continue
+        wrong = [None, 5, torch.cat([x, x], -1)]
+        if x.dim() > 1:
+            wrong += [y for y in (x.flatten(), x.mT.contiguous()) if shape_of(y) != shape_of(x)]
+        for y in wrong if tells else [wrong[i % len(wrong)]]:
+            words = message(name, y)
+            other_name = name.replace("adapter.mlp", "adapter.proj") if "July" in layout else name  # in other files
+            unsure = name.endswith(TELLING) or tells and torch.is_tensor(y) and y.dim() > 1
+            assert name in words or other_name in words or unsure
     for name in "foo blocks.0.ffn.s_emb.weight proj.more.weight blocks.1.att.qkv.weight adapter.image.extra".split():
         assert f"{name} is not expected" in message(name, torch.ones(3))
     [head] = [name for name in data if name.endswith("head.weight")]
@@ -2381,18 +2388,21 @@ def test_folders_of_safetensors(pretrained, tmp_path, monkeypatch):
     layouts = itertools.product(("fla", "WorldRWKV, Hugging Face"), (1, 3))
     for i, (layout, shards) in enumerate(layouts):
         folder = hf_folder(tmp_path / f"{i}", RELEASED[layout][1](weights), shards)
-        own = load(folder).state_dict()
         names = [name for name in weights if ".0.att.v" not in name or "value" in name]
-        assert all(torch.equal(own[name], weights[name].float()) for name in names)
-    first, part = (folder / f"model-0000{i}-of-00003.safetensors" for i in (1, 2))
-    part.unlink()
-    assert part.name in refusal(load, folder)
-    shutil.copy(first, part)
-    message = refusal(load, folder)
-    assert part.name in message and "is missing" in message
-    for broken in ("{", "[]", '{"weight_map": {"a": 5}}', '{"weight_map": 5}'):
-        (folder / "model.safetensors.index.json").write_text(broken)
-        assert str(folder) in refusal(load, folder)
+        for path in (folder, *folder.glob("model.safetensors")):
+            own = load(path).state_dict()
+            assert all(torch.equal(own[name], weights[name].float()) for name in names)
+        if shards == 1:
+            continue
+        first, part = (folder / f"model-0000{i}-of-00003.safetensors" for i in (1, 2))
+        part.unlink()
+        assert part.name in refusal(load, folder)
+        shutil.copy(first, part)
+        message = refusal(load, folder)
+        assert part.name in message and "is missing" in message
+        for broken in ("{", "[]", '{"weight_map": {"a": 5}}', '{"weight_map": 5}'):
+            (folder / "model.safetensors.index.json").write_text(broken)
+            assert str(folder) in refusal(load, folder)
     assert "norm" in refusal(load, hf_folder(tmp_path / "eps", fla_names(weights), norm_eps=1e-6))
     assert "norm" in refusal(load, hf_folder(tmp_path / "heads", fla_names(official_weights(2, C_, N=32))))
     (tmp_path / "empty").mkdir()
@@ -2419,15 +2429,10 @@ def test_flash_linear_attention_reads_what_is_converted_and_the_other_way_round(
     assert distance(load(tmp_path / "saved")(tokens)[0][:, 1:], theirs(tokens).logits[:, 1:]) < 1e-5
 
 
-CONVERSIONS = [
-    (7, 1, torch.float16, "a.pth"),
-    (7, 2, torch.bfloat16, "a.pt a.pth"),
-    (7, 3, torch.float32, "fla a.pth"),
-    (7, 2, torch.bfloat16, "a.safetensors a.pt a.pth"),
-    (7, 1, torch.float16, "fla a.pt b.safetensors b.pt a.pth"),
-    (6, 2, torch.bfloat16, "a.pt a.pth"),
-    (5, 2, torch.bfloat16, "a.pt a.pth"),
-]
+CHAINS = ["a.pth", "a.pt a.pth", "fla a.pth", "a.safetensors a.pt a.pth", "fla a.pt b.safetensors b.pt a.pth"]
+MADE_OF = (1, torch.float16), (2, torch.bfloat16), (3, torch.float32)
+CONVERSIONS = [(7, *made_of, chain) for made_of in MADE_OF for chain in CHAINS]
+CONVERSIONS += [(rwkv, 2, torch.bfloat16, CHAINS[1]) for rwkv in (5, 6)]
 
 
 @pytest.mark.parametrize("rwkv,n_layer,dtype,chain", CONVERSIONS)
@@ -2451,6 +2456,43 @@ def test_conversions_change_no_bit(rwkv, n_layer, dtype, chain, tmp_path):
         assert f"{target} exists" in refusal(convert, tmp_path / "in.pth", tmp_path / target)
     if rwkv < 7:
         assert f"RWKV-{rwkv}" in refusal(convert, tmp_path / "in.pth", tmp_path / "fla")
+
+
+def test_generate_yields_tokens_and_stops_where_it_is_told(model, monkeypatch):
+    """Of tokens that the model gives: an end token, an answer of send(), and max_new_tokens each end a sample."""
+    script(monkeypatch, [5, 6, 0, 7, 8, 9])  # by turns of both samples
+    assert list(model.generate([[text("x")], [text("yy")]], max_new_tokens=3)) == [[5, 6], [0, 7], [None, 9]]
+    script(monkeypatch, [5, 6, 7, 8])
+    steps = model.generate([[text("x")], [text("yy")]])
+    assert next(steps) == [5, 6] and steps.send([True, False]) == [None, 8]
+    with pytest.raises(StopIteration):
+        steps.send([False, True])
+
+
+def test_a_released_file_is_sampled_from_as_the_flags_say(tmp_path, monkeypatch):
+    """The config that an answer is generated with, against the flags; the rest is the file's."""
+    path, _ = released("WorldRWKV, pictures", tmp_path / "x.pth")
+    asked = Mock(side_effect=conversation)
+    monkeypatch.setattr("data.records.conversation", asked)
+    own = {"tokenizer": "bytes", "template": "v3", "prompt_style": "last", "image_encoder": "none"}
+    more = [f"--{name}={value}" for name, value in own.items()]
+    said(sample.main, f"--out_dir={path}", "--prompt=Hi", "--max_new_tokens=2", *more)
+    config = dataclasses.asdict(asked.call_args.args[0])
+    assert own.items() <= config.items() and config["adapter_scale"] == 2
+
+
+@pytest.mark.parametrize("layout", ["fla", "WorldRWKV, pictures", "VisualRWKV 6.0"])
+def test_training_starts_from_released_files(layout, pretrained, counting, tmp_path):
+    """The config is the file's, its tensors move a little."""
+    path, _ = released(layout, tmp_path / "x.pth")
+    eyes = {"image_encoder": "patch"} if layout == "fla" else {}
+    more = [f"--rwkv={RELEASED[layout][0]}", *(f"--{name}={value}" for name, value in eyes.items()), "--max_steps=1"]
+    own = "--n_embd=128", "--head_size=64", "--tokenizer=bytes"
+    learn(tmp_path / "out", counting, f"--init_from={path}", *own, *more)
+    before, after = load(path, tokenizer="bytes", **eyes), load(tmp_path / "out")
+    assert after.config == before.config
+    names = [name for name in before.state_dict() if name.startswith("head" if eyes else ("head", "adapter"))]
+    assert names and all(0 < distance(after.state_dict()[name], before.state_dict()[name]) < 0.5 for name in names)
 
 
 def test_vocabulary_sizes_are_the_tokenizers():
@@ -2630,9 +2672,13 @@ def test_pretrained_encoders(family, folders):
 
 def test_pretrained_encoders_are_frozen_and_not_stored(folders):
     """Their parameters have no gradient, follow the model's dtype, and are not in its state dict."""
-    model = randomise(ModRWKV(dataclasses.replace(SMALL, image_encoder=folders("dinov2")))).train()
+    model = randomise(
+        ModRWKV(dataclasses.replace(SMALL, image_encoder=folders("dinov2"), audio_encoder=folders("wavlm")))
+    ).train()
     names = [*model.state_dict(), *(name for name, _ in model.named_parameters())]
-    assert "adapter.image.conv.weight" in names and not any(name.startswith("encoder.image") for name in names)
+    assert "adapter.image.conv.weight" in names and not any(
+        name.startswith(("encoder.image", "encoder.audio")) for name in names
+    )
     inner = model.encoder["image"].models[0]
     assert not inner.training and not any(p.requires_grad for p in inner.parameters())
     model.double()
@@ -2650,24 +2696,31 @@ def test_folders_that_hold_no_encoder(folders, tmp_path):
         ("image", str(tmp_path / "empty"), "config.json"),
         ("audio", folders("siglip"), "is siglip"),
         ("image", folders("whisper"), "is whisper"),
+        ("image", "patches", "no such folder"),
         ("image", f"{folders('siglip')}+nothing", "nothing"),
     ):
         message = refusal(ModRWKV, dataclasses.replace(SMALL, **{f"{kind}_encoder": name}))
         assert message.startswith(f"--{kind}_encoder={name}: ") and word in message and "dinov2" in message
 
     cut = Path(shutil.copytree(folders("clip"), tmp_path / "cut"))
+
+    def message():
+        words = refusal(modrwkv.read_pretrained, "image", str(cut))
+        assert words.startswith(f"--image_encoder={cut}: ")
+        return words
+
     weights, preparation = cut / "model.safetensors", cut / "preprocessor_config.json"
     tensors, content = released_files.read_safetensors(str(weights)), json.loads(preparation.read_text())
     changes = ({"size": None}, "no size"), ({"image_mean": None}, "no image_mean"), ({"crop_size": 24}, "not 24 x 24")
     for change, word in changes:
         preparation.write_text(json.dumps({k: v for k, v in (content | change).items() if v is not None}))
-        assert word in refusal(modrwkv.read_pretrained, "image", str(cut))
+        assert word in message()
     preparation.write_text(json.dumps(content))
     kept = {name: x for name, x in tensors.items() if "layers.1.mlp.fc1" not in name}  # the library fills in noise
     write_file(str(weights), kept)
-    assert "layers.1.mlp.fc1.bias and 1 more" in refusal(modrwkv.read_pretrained, "image", str(cut))
+    assert "layers.1.mlp.fc1.bias and 1 more" in message()
     weights.write_bytes(weights.read_bytes()[:1000])
-    assert refusal(modrwkv.read_pretrained, "image", str(cut)).startswith(f"--image_encoder={cut}: ")
+    assert message()
 
 
 @torch.no_grad()
@@ -2700,6 +2753,7 @@ def test_a_model_finds_its_encoder_again(folders, tmp_path, monkeypatch):
     curves = [column(tmp_path / out, "loss") for out in ("plain", "cold", "warm")]
     assert curves[1] == curves[2] and curves[0] == pytest.approx(curves[1], rel=2e-3) and curves[0] != curves[1]
 
+    assert not any("encoder." in name for name in kept(plain))
     question = data_records.question(load(plain), "Which?", [("image", str(tmp_path / "0.png"))])
     want, _ = load(plain)([question])
     folder.rename(moved)
@@ -2729,9 +2783,10 @@ def test_features_are_used_only_while_they_are_true(folders, tmp_path):
     assert read_features(encoder, path, cache) is None
     first, true = cached(), encoded(encoder, path)
     assert first.dtype == torch.float16 and (first.float() - true).abs().max() <= true.abs().max() / 2000
-    file = Path(feature_file(encoder, path, cache))
+    file, archive = Path(feature_file(encoder, path, cache)), io.BytesIO()
     right = file.read_bytes()
-    damaged = [b"", right[:100], right[:-7], b"something else", right[32:], b"PK\x03\x04"]
+    np.savez(archive, np.ones(3))
+    damaged = [b"", right[:100], right[:-7], b"something else", right[32:], archive.getvalue(), b"PK\x03\x04"]
     damaged += [right.replace(b"(16, 32)", shape) for shape in (b"(32, 16)", b"(9999999999, 32)")]
     damaged += [right[:i] + bytes([right[i] ^ 1]) + right[i + 1 :] for i in (0, 32, 40, 60, 200, len(right) - 1)]
     for content in damaged:
@@ -2773,6 +2828,19 @@ def test_processes_write_the_same_features_at_once(tmp_path):
     write_features(tmp_path / "right", x)
     gate = multiprocessing.get_context("fork").Barrier(4)
     torch.multiprocessing.start_processes(write_and_read, (gate, tmp_path, x), nprocs=4, start_method="fork")
+
+
+@torch.no_grad()
+def test_a_released_model_sees_through_its_encoder(folders, tmp_path):
+    """WorldRWKV's flat layout and an encoder's folder: encoder, adapter and blocks one after another."""
+    adapter = mlp(C_, 2, 32, "proj")
+    torch.save(official_weights(2, C_) | under(WORLD + "adapter.", adapter), tmp_path / "x.pth")
+    model = load(tmp_path / "x.pth", image_encoder=folders("siglip"), tokenizer="bytes")
+    seen = encoded(modrwkv.read_pretrained("image", folders("siglip")), noise(30, 40))
+    tokens = model.emb(torch.tensor([*codes("\x16"), 258, *codes(" What?\x17"), 259]))  # User: and Assistant:
+    x, _ = model.backbone(torch.cat([vision_adapter(adapter, seen, "proj"), tokens])[None])
+    got, _ = model([data_records.question(model, "What?", [("image", noise(30, 40))])])
+    assert distance(got, model.head(x)) < 1e-5
 
 
 # ---- data/<set>/prepare.py
