@@ -2672,13 +2672,11 @@ def test_pretrained_encoders(family, folders):
 
 def test_pretrained_encoders_are_frozen_and_not_stored(folders):
     """Their parameters have no gradient, follow the model's dtype, and are not in its state dict."""
-    model = randomise(
-        ModRWKV(dataclasses.replace(SMALL, image_encoder=folders("dinov2"), audio_encoder=folders("wavlm")))
-    ).train()
+    config = dataclasses.replace(SMALL, image_encoder=folders("dinov2"), audio_encoder=folders("wavlm"))
+    model = randomise(ModRWKV(config)).train()
     names = [*model.state_dict(), *(name for name, _ in model.named_parameters())]
-    assert "adapter.image.conv.weight" in names and not any(
-        name.startswith(("encoder.image", "encoder.audio")) for name in names
-    )
+    assert not any(name.startswith(("encoder.image", "encoder.audio")) for name in names)
+    assert "adapter.image.conv.weight" in names
     inner = model.encoder["image"].models[0]
     assert not inner.training and not any(p.requires_grad for p in inner.parameters())
     model.double()
@@ -4270,6 +4268,8 @@ def test_presets_and_settings_are_shown(counting, tmp_path, capsys):
             train.main([*more, "--help"])
         words = " ".join(capsys.readouterr().out.split())
         assert "optimizer steps [4000]" in words and "each so many steps; 0: all at once [100]" in words
+    s, config, _ = flags("", train.Train, Config, argv=["--data=shapes"], presets=train.presets)
+    assert (s.max_steps, config.prompt_style) == (4000, "last")
     words = learn(tmp_path, counting, "--max_steps=1")
     [line] = [line for line in words.splitlines() if line.startswith("settings: ")]
     assert "--n_embd=64" in line and "--max_steps=1" in line and "--seed" not in line
